@@ -1,0 +1,172 @@
+"""All private torch API that this package leans on, in one place; ``tests/test_torch_private.py`` pins it."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.optim import Optimizer
+
+# --- Dynamo and Inductor ---------------------------------------------------------------------------------------------
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """Copy a captured graph for editing: Dynamo walks its own again after the backend returns.
+
+    Subgraphs of higher-order ops stay shared with the original; nothing here edits them.
+    """
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, env)
+    graph.output(output)
+    for old, new in env.items():
+        if old.op == "placeholder":
+            new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]
+    copy = fx.GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        copy._param_name_to_source = gm._param_name_to_source
+    return copy
+
+
+def add_input(gm: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
+    """Append a placeholder for a long-lived tensor, whose storage never moves, after all others."""
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    examples = [node.meta["example_value"] for node in placeholders if "example_value" in node.meta]
+    fake_mode = torch._guards.detect_fake_mode(examples)
+    with gm.graph.inserting_after(placeholders[-1]):
+        node = gm.graph.placeholder(name)
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    node.meta["example_value"] = fake_mode.from_tensor(tensor, static_shapes=True) if fake_mode else tensor
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    return node
+
+
+def source_name(placeholder: fx.Node) -> str:
+    """Dynamo's expression for where an input comes from, such as ``L['self']._modules['fc']._parameters['weight']``."""
+    grapharg = placeholder.meta.get("grapharg")
+    if grapharg is None:
+        return placeholder.name
+    name = grapharg.source.name
+    return name() if callable(name) else name
+
+
+def compile_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, list(inputs), config_patches=patches or None)
+
+
+def compile_with_aot_eager(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    from torch._dynamo.backends.debugging import aot_eager
+
+    return aot_eager(gm, list(inputs))
+
+
+def inductor_option_names() -> set[str]:
+    from torch._inductor import config
+
+    return set(config.get_config_copy())
+
+
+def inductor_mode_options(mode: str) -> dict[str, Any]:
+    return dict(torch._inductor.list_mode_options(mode))
+
+
+def is_tracing() -> bool:
+    """Whether a compiler is looking at tensors just now, rather than a training loop."""
+    return torch._guards.TracingContext.try_get() is not None
+
+
+# --- Parameters ------------------------------------------------------------------------------------------------------
+
+_TENSOR_GRAD = torch.Tensor.grad
+
+
+def own_grad(parameter: Tensor) -> Tensor | None:
+    """The gradient that autograd itself keeps on a tensor, whatever ``.grad`` shows."""
+    return _TENSOR_GRAD.__get__(parameter)  # type: ignore[attr-defined]
+
+
+def set_own_grad(parameter: Tensor, grad: Tensor | None) -> None:
+    _TENSOR_GRAD.__set__(parameter, grad)  # type: ignore[attr-defined]
+
+
+def replace_grad_attribute(
+    read: Callable[[nn.Parameter], Tensor | None], write: Callable[[nn.Parameter, Tensor | None], None]
+) -> None:
+    """Make ``.grad`` of every ``nn.Parameter`` go through two functions.
+
+    The class stays as it is, so that compiled code, which guards on the type of each parameter, stays valid.
+    """
+    nn.Parameter.grad = property(read, write, lambda parameter: write(parameter, None))  # type: ignore[assignment]
+
+
+def gradient_hooks(parameter: Tensor) -> int:
+    """How many hooks wait for a gradient of this tensor."""
+    accumulated = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    return len(parameter._backward_hooks or {}) + len(accumulated)
+
+
+# --- Optimizers ------------------------------------------------------------------------------------------------------
+
+
+def on_optimizer_state_loaded(note: Callable[[Optimizer], None]) -> None:
+    """Call ``note`` wherever an optimizer receives state: load_state_dict, unpickling and deepcopy end in one method."""
+    set_state = Optimizer.__setstate__
+
+    @functools.wraps(set_state)
+    def noting(self: Optimizer, state: dict[str, Any]) -> None:
+        set_state(self, state)
+        note(self)
+
+    Optimizer.__setstate__ = noting  # type: ignore[method-assign]
+
+
+def live_optimizers() -> Iterator[Optimizer]:
+    """Every optimizer alive in this process. Walks the garbage collector's list: not for a hot path."""
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Optimizer) and "param_groups" in getattr(thing, "__dict__", ()):
+            yield thing
+
+
+def is_stepping(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer.step()`` stands on the call stack of this thread."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "step" and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+# --- Distributed wrappers --------------------------------------------------------------------------------------------
+
+
+def distributed_wrapper(weights: Iterable[Tensor]) -> str | None:
+    """The kind of wrapper that already manages the gradients of these weights, if any."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    wanted = {id(weight) for weight in weights}
+    for wrapper in (DistributedDataParallel, FullyShardedDataParallel, FSDPModule):
+        for thing in gc.get_objects():
+            if issubclass(type(thing), wrapper) and any(id(p) in wanted for p in thing.parameters()):
+                return wrapper.__name__
+    return None
+
+
+def active_ddp() -> bool:
+    """Whether this runs inside the forward of a DistributedDataParallel module."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel._get_active_ddp_module() is not None

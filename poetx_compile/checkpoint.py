@@ -1,0 +1,191 @@
+"""Exact resume by the plain idiom: what ``optimizer.state_dict()`` says of a converted weight, and how it is read back.
+
+``Optimizer.load_state_dict`` casts every floating tensor to the dtype of the parameter it finds: a float32 moment of a
+bfloat16 weight would lose 16 bits. Such tensors leave as uint8 bytes, which any cast keeps. Entries are flat, and hold
+numbers and tensors only, so that ``torch.load(weights_only=True)`` and distributed checkpoints take them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .errors import PoetxError, PoetxWarning
+from .factor import OrthogonalFactor, factors
+
+Entry = dict[str, Any]
+
+_PREFIX = "poetx_"
+_CODE = "poetx_code_"
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_SETTINGS = ("block_size", "chunk", "scale")
+
+
+def is_saved(entry: Entry) -> bool:
+    """Whether an entry came from a checkpoint and was not read back yet."""
+    return entry.get("poetx_live") == 0
+
+
+def tag(factor: OrthogonalFactor, entry: Entry) -> None:
+    """Keep beside a live entry what a copy of it needs to go on: the optimizer may be deep-copied or saved in pieces."""
+    if not entry:
+        return  # an optimizer takes an empty entry for a first step
+    entry.update(_facts(factor), poetx_live=1)
+    if factor.residual is not None:
+        entry["poetx_residual"] = factor.residual
+    for name, value in list(entry.items()):
+        if _must_be_bytes(name, value, factor):
+            entry[_CODE + name] = _code(value)
+
+
+def encode(optimizer: Optimizer, state_dict: Entry) -> Entry:
+    """``state_dict`` post-hook: make the entries of converted weights survive ``load_state_dict``."""
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"]):
+        for parameter, index in zip(group["params"], saved["params"]):
+            factor = factors.of_weight(parameter)
+            entry = state_dict["state"].get(index, {})
+            if factor is not None and not is_saved(entry):
+                state_dict["state"][index] = _encoded(factor, entry)
+    return state_dict
+
+
+def adopt(optimizer: Optimizer) -> bool:
+    """Turn loaded entries into live state, for every weight that is converted by now.
+
+    Returns:
+        Whether entries remain that belong to weights not converted yet.
+
+    Raises:
+        PoetxError: an entry that cannot continue this rotation.
+    """
+    waiting = False
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            entry = optimizer.state.get(parameter)
+            if not entry:
+                continue
+            factor = factors.of_weight(parameter)
+            if factor is None:
+                waiting = waiting or "poetx_live" in entry
+                continue
+            live = _decoded(factor, entry)
+            if live:
+                optimizer.state[parameter] = live
+            else:
+                del optimizer.state[parameter]
+    return waiting
+
+
+def _facts(factor: OrthogonalFactor) -> Entry:
+    settings = {_PREFIX + name: getattr(factor.config, name) for name in _SETTINGS}
+    return settings | {"poetx_key": factor.key, "poetx_epoch": factor.epoch, "poetx_steps": factor.steps}
+
+
+def _encoded(factor: OrthogonalFactor, entry: Entry) -> Entry:
+    saved = {name: value for name, value in entry.items() if not name.startswith(_PREFIX)}
+    for name, value in list(saved.items()):
+        if _must_be_bytes(name, value, factor):
+            saved[name] = _bytes(value)
+            saved[_CODE + name] = _code(value)
+    saved.update(_facts(factor), poetx_live=0)
+    if factor.residual is not None:
+        factor.check_residual()
+        saved["poetx_residual"] = _bytes(factor.residual)
+        saved["poetx_fingerprint"] = fingerprint(factor.weight)
+    return saved
+
+
+def _decoded(factor: OrthogonalFactor, entry: Entry) -> Entry:
+    if "poetx_live" not in entry:
+        return ordinary(factor, entry)
+    _check_settings(factor, entry)
+    residual: Tensor | None = entry.get("poetx_residual")
+    if not is_saved(entry):  # this factor's own, or those of a deep copy
+        mine = (factor.key, factor.epoch, factor.steps) == tuple(entry["poetx_" + k] for k in ("key", "epoch", "steps"))
+        if not mine or residual is not factor.residual:
+            factor.resume(entry["poetx_key"], entry["poetx_epoch"], entry["poetx_steps"], residual)
+            tag(factor, entry)
+        return entry
+    if residual is not None:
+        if factor.residual is None or fingerprint(factor.weight) != entry["poetx_fingerprint"]:
+            residual = None
+            warnings.warn(
+                f"poetx: '{factor.name}' is not the weight that this optimizer state was saved with: the digits below its "
+                "half-precision rounding start again at zero. Load the model's state_dict before the first training step",
+                PoetxWarning,
+                stacklevel=4,
+            )
+        else:
+            residual = residual.to(torch.uint8).view(torch.int8).view_as(factor.weight)
+    factor.resume(entry["poetx_key"], entry["poetx_epoch"], entry["poetx_steps"], residual)
+    live = {}
+    for name, value in entry.items():
+        if not name.startswith(_PREFIX):
+            code = entry.get(_CODE + name)
+            live[name] = value if code is None else _from_bytes(value, code)
+    tag(factor, live)
+    return live
+
+
+def ordinary(factor: OrthogonalFactor, entry: Entry) -> Entry:
+    """Take over an entry without our tags: one that holds nothing yet.
+
+    Raises:
+        PoetxError: the entry was trained without poetx.
+    """
+    if not any(torch.is_tensor(value) and value.ndim for value in entry.values()):
+        return entry
+    weight, q = factor.weight, factor.q
+    if int(entry.get("step", 1)) == 0:  # allocated by the optimizer's constructor, as Adagrad does
+        return {
+            name: torch.full_like(q, value.flatten()[0].item())
+            if torch.is_tensor(value) and value.shape == weight.shape
+            else value
+            for name, value in entry.items()
+        }
+    raise PoetxError(
+        f"poetx: the optimizer state of '{factor.name}' comes from ordinary training or from a checkpoint without poetx's entries, "
+        "and cannot continue a rotation. Load only the model's state_dict and start the optimizer anew; or, to go on with "
+        "ordinary training, compile with backend='inductor'"
+    )
+
+
+def _check_settings(factor: OrthogonalFactor, entry: Entry) -> None:
+    for name in _SETTINGS:
+        saved, now = entry[_PREFIX + name], getattr(factor.config, name)
+        if saved != now:
+            raise PoetxError(
+                f"poetx: the checkpoint's '{factor.name}' was trained with {name}={saved}, this run asks for {now}; pass "
+                f"options={{'{name}': {saved}}} to torch.compile"
+            )
+
+
+def fingerprint(weight: Tensor) -> int:
+    """A number that changes with any value, or its place, in a half-precision weight. Waits for the device."""
+    bits = weight.detach().contiguous().view(torch.int16).flatten().to(torch.int32)
+    places = torch.arange(bits.numel(), device=bits.device, dtype=torch.int32) % 8191 + 1
+    return int((bits * places).sum(dtype=torch.int64))
+
+
+def _must_be_bytes(name: str, value: Any, factor: OrthogonalFactor) -> bool:
+    if not torch.is_tensor(value) or name == "step" or name.startswith(_PREFIX):
+        return False
+    return value.dtype in _DTYPES and value.dtype != factor.weight.dtype
+
+
+def _code(value: Tensor) -> int:
+    """Dtype, and whether the tensor is a scalar, as one number."""
+    return _DTYPES.index(value.dtype) + (len(_DTYPES) if value.ndim == 0 else 0)
+
+
+def _bytes(value: Tensor) -> Tensor:
+    return value.detach().contiguous().flatten().view(torch.uint8)
+
+
+def _from_bytes(value: Tensor, code: int) -> Tensor:
+    flat = value.to(torch.uint8).view(_DTYPES[code % len(_DTYPES)])
+    return flat.reshape(()).clone() if code >= len(_DTYPES) else flat.clone()

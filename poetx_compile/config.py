@@ -1,0 +1,110 @@
+"""What a user can set, checked when it is set."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ._torch import inductor_mode_options, inductor_option_names
+from .errors import PoetxError
+
+ROUTES = ("auto", "gram", "dense")
+INNER = ("inductor", "aot_eager")
+HEADS = ("lm_head", "head", "heads", "classifier", "score", "embed_out", "output_projection")
+
+
+@dataclass(frozen=True)
+class PoetxConfig:
+    """Settings of the backend; every field can stand in ``torch.compile(..., options={...})``.
+
+    Raises:
+        PoetxError: a value is of the wrong type or out of range.
+    """
+
+    block_size: int = 256
+    """Largest block of channels that one orthogonal factor rotates. Larger: more freedom, more memory for ``q``."""
+
+    chunk: int = 16
+    """Channels that a permutation moves together. 1 is the papers' uniform permutation; 16 keeps reads coalesced."""
+
+    scale: float = 1.0
+    """``s``: a block's skew matrix is ``s`` times what the optimizer wrote. Sets how fast rotations learn."""
+
+    permutation_period: int = 0
+    """Optimizer steps until new permutations are drawn and the moments of ``q`` start again; 0 keeps the first."""
+
+    seed: int = 0
+    """Permutations depend on (seed, parameter name, number of the draw) only."""
+
+    exclude: tuple[str, ...] = ()
+    """Weights to leave alone: ``fnmatch`` patterns on the whole name, or one component of it (``"gate"``)."""
+
+    heads: tuple[str, ...] = HEADS
+    """Name components that mark an output head. Heads are trained as before."""
+
+    route: str = "auto"
+    """How gradients of ``q`` are made: ``gram`` from activations, ``dense`` from the weight's gradient, or ``auto``."""
+
+    inner: str = "inductor"
+    """What compiles the rewritten graph: ``inductor``, or ``aot_eager`` for debugging."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, tuple):
+                value = self._names(field.name, value)
+            elif isinstance(field.default, float) and type(value) is int:
+                value = float(value)
+            if type(value) is not type(field.default):
+                expected = type(field.default).__name__
+                raise PoetxError(f"poetx: option {field.name!r} must be {expected}, not {value!r}")
+            object.__setattr__(self, field.name, value)
+        self._check_numbers()
+        for name, choices in (("route", ROUTES), ("inner", INNER)):
+            if getattr(self, name) not in choices:
+                raise PoetxError(f"poetx: option {name!r} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+
+    @staticmethod
+    def _names(name: str, value: Any) -> tuple[str, ...]:
+        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+            raise PoetxError(f"poetx: option {name!r} must be a list of names, not {value!r}")
+        return tuple(value)
+
+    def _check_numbers(self) -> None:
+        if self.chunk < 1:
+            raise PoetxError(f"poetx: option 'chunk' must be at least 1, not {self.chunk}")
+        if self.block_size < 2 or self.block_size % self.chunk:
+            down = max(self.block_size // self.chunk, 1) * self.chunk
+            raise PoetxError(
+                f"poetx: block_size {self.block_size} is impossible: it must be a multiple of chunk ({self.chunk}) and at "
+                f"least 2; the nearest are {max(down, 2)} and {down + self.chunk}, or set chunk=1"
+            )
+        if not 0 < self.scale < float("inf"):
+            raise PoetxError(f"poetx: option 'scale' must be positive and finite, not {self.scale}")
+        if self.permutation_period < 0:
+            raise PoetxError(f"poetx: option 'permutation_period' must be 0 or more, not {self.permutation_period}")
+
+
+def split_options(options: Mapping[str, Any] | None, mode: str | None) -> tuple[PoetxConfig, dict[str, Any]]:
+    """Part ``torch.compile``'s ``options`` and ``mode`` into our settings and Inductor's.
+
+    Raises:
+        PoetxError: an option that neither knows; the message names the closest match.
+    """
+    ours = {field.name for field in dataclasses.fields(PoetxConfig)}
+    inductors = inductor_option_names()
+    patches: dict[str, Any] = inductor_mode_options(mode) if mode else {}
+    settings: dict[str, Any] = {}
+    for name, value in (options or {}).items():
+        if name in ours:
+            settings[name] = value
+        elif name.replace("-", "_") in inductors:
+            patches[name.replace("-", "_")] = value
+        else:
+            close = difflib.get_close_matches(name, sorted(ours | inductors), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; poetx knows {', '.join(sorted(ours))}"
+            raise PoetxError(f"poetx: unknown option {name!r}{hint}")
+    return PoetxConfig(**settings), patches

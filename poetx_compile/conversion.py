@@ -1,0 +1,93 @@
+"""Turning a weight into a rotated one, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import gradient
+from ._torch import active_ddp, distributed_wrapper
+from .config import PoetxConfig
+from .errors import PoetxError
+from .factor import OrthogonalFactor, factors
+from .passes import Skip, SkipReason, unfit
+
+_skipped: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_BINDING = {SkipReason.EMBEDDING, SkipReason.TIED, SkipReason.NOT_A_LINEAR}
+_OF_LAYOUT = ("block_size", "chunk", "scale", "seed")
+
+
+def adopt(weight: nn.Parameter, name: str, config: PoetxConfig) -> OrthogonalFactor:
+    """The factor of a weight, made if there is none yet. Changes nothing of the weight's values.
+
+    Raises:
+        PoetxError: the weight was converted with other settings.
+    """
+    factor = factors.of_weight(weight)
+    if factor is None:
+        factor = OrthogonalFactor(weight, name, config)
+        gradient.attach(factor)
+        _skipped.pop(weight, None)
+        return factor
+    for field in _OF_LAYOUT:
+        before, now = getattr(factor.config, field), getattr(config, field)
+        if before != now:
+            raise PoetxError(
+                f"poetx: '{factor.name}' was converted with {field}={before} and is now compiled with {field}={now}; use one setting for "
+                "every compilation of a model, or call poetx_compile.restore(model) between"
+            )
+    return factor
+
+
+def adopt_late(weight: nn.Parameter, name: str, config: PoetxConfig) -> OrthogonalFactor:
+    """Convert a weight that meets compiled code made for another: a second instance, a copy, a replaced parameter.
+
+    Raises:
+        PoetxError: this weight cannot be rotated, though the code was compiled for one that can.
+    """
+    reason = unfit(weight)
+    if reason is not None:
+        raise PoetxError(
+            f"poetx: '{name}' shares compiled code with a converted weight, but this one cannot be converted: {reason.value}. Leave "
+            f"all of them out with options={{'exclude': ['{name}']}}"
+        )
+    return adopt(weight, name, config)
+
+
+def release(weight: nn.Parameter) -> OrthogonalFactor | None:
+    """Make a weight ordinary again. Its values stay; its gradient, if it was a rotation's, goes."""
+    factor = factors.of_weight(weight)
+    if factor is not None:
+        weight.grad = None
+        gradient.detach(factor)
+    return factor
+
+
+def refuse_distributed(weights: Iterable[nn.Parameter]) -> None:
+    """Raises:
+    PoetxError: a distributed wrapper manages these weights, and would wait for gradients that never come.
+    """
+    wrapper = "DistributedDataParallel" if active_ddp() else distributed_wrapper(weights)
+    if wrapper is not None:
+        raise PoetxError(
+            f"poetx: this model is wrapped in {wrapper}, which waits for the gradients of weights and cannot see those of rotations. "
+            "poetx trains on one GPU so far: drop the wrapper, or compile with backend='inductor'"
+        )
+
+
+def remember(skips: Iterable[Skip]) -> None:
+    for skip in skips:
+        _skipped[skip.weight] = skip.reason
+
+
+def skip_reason(weight: nn.Parameter) -> SkipReason | None:
+    """Why the last graph that held a weight left it alone; None if it is converted, or in no graph yet."""
+    return _skipped.get(weight)
+
+
+def binding_reason(weight: nn.Parameter) -> SkipReason | None:
+    """The part of :func:`skip_reason` that holds in every other graph too: a tied weight is tied everywhere."""
+    reason = skip_reason(weight)
+    return reason if reason in _BINDING else None

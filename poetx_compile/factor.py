@@ -1,0 +1,216 @@
+"""OrthogonalFactor: everything that one converted weight owns, and the registry that finds it by the live weight."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from . import kernels
+from .config import PoetxConfig
+from .errors import PoetxError
+from .layout import BlockLayout, permutation_key
+
+log = logging.getLogger(__name__)
+
+ROWS, COLUMNS = 0, 1
+
+
+class OrthogonalFactor:
+    """The rotation of one weight ``W`` ``[m, n]``: ``W ← G_rows W G_columns`` after each optimizer step.
+
+    Attributes:
+        q: ``nn.Parameter``, 1-D, float32 (float64 for float64 weights): packed skew parameters of all row blocks, then of
+            all column blocks. Zero whenever the model runs; what the optimizer writes there is this step's rotation.
+        row_channels, column_channels: int64, the channels of the blocks; their storage stays for life.
+        residual: int8 ``[m, n]`` for half-precision weights, else None.
+        epoch: number of the current draw of permutations.
+        steps: counted optimizer steps.
+        route: how its gradient is made: ``gram`` or ``dense``.
+        is_covered: whether it is known that some optimizer steps it, or the user was told that none does.
+    """
+
+    def __init__(self, weight: nn.Parameter, name: str, config: PoetxConfig) -> None:
+        self._weight = weakref.ref(weight)
+        self.name = name
+        self.config = config
+        self.rows, self.columns = layouts(weight, config)
+        self.key = permutation_key(config.seed, name)
+        self.epoch = 0
+        self.steps = 0
+        self.route = "dense"
+        self.is_covered = False
+        self.hook: RemovableHandle | None = None
+        device = weight.device
+        dtype = kernels.master_dtype(weight.dtype)
+        self.q = nn.Parameter(torch.zeros(self.rows.skew + self.columns.skew, dtype=dtype, device=device))
+        self.row_channels = torch.empty(self.rows.rotated, dtype=torch.int64, device=device)
+        self.column_channels = torch.empty(self.columns.rotated, dtype=torch.int64, device=device)
+        self.residual = torch.zeros_like(weight, dtype=torch.int8) if weight.dtype in kernels.HALF else None
+        self.draw()
+        self._dtype = weight.dtype
+        self._seen = weight._version
+        self._clean = self.q._version
+
+    @property
+    def weight(self) -> nn.Parameter:
+        weight = self._weight()
+        assert weight is not None, "a factor is reached through its weight"
+        return weight
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether ``q`` is untouched since it was last zeroed. Writes through ``.data`` go unseen."""
+        return self.q._version == self._clean
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a rewritten graph takes beside the weight."""
+        return self.q, self.row_channels, self.column_channels
+
+    def draw(self) -> None:
+        """Write the permutations of the current epoch into place."""
+        self.row_channels.copy_(self.rows.channels(self.key, ROWS, self.epoch))
+        self.column_channels.copy_(self.columns.channels(self.key, COLUMNS, self.epoch))
+
+    def project(self, gradient: Tensor) -> Tensor:
+        """The gradient of ``q`` that belongs to a gradient of the weight (``[m, n]``): the dense route."""
+        packed = kernels.project(
+            gradient, self.weight.detach(), self.row_channels, self.rows.width, self.column_channels, self.columns.width
+        )
+        return packed * (2 * self.config.scale)
+
+    def clear(self) -> None:
+        """Forget a rotation that was never folded: the weight stays as it was before the step."""
+        with torch.no_grad():
+            self.q.zero_()
+        self._clean = self.q._version
+
+    @torch.no_grad()
+    def retract(self, gain: float = 1.0) -> None:
+        """Fold the rotation that stands in ``q`` into the weight, and zero ``q``.
+
+        Args:
+            gain: multiplies ``q`` first, for optimizers that scale by the size of what they train.
+        """
+        self.check_residual()
+        rows, columns = self.q.split((self.rows.skew, self.columns.skew))
+        scale = self.config.scale * gain
+        weight = self.weight
+        kernels.rotate_(
+            weight.data,
+            self.residual,
+            kernels.cayley_neumann(rows, self.rows.width, scale) if self.rows.count else None,
+            self.row_channels,
+            kernels.cayley_neumann(columns, self.columns.width, scale) if self.columns.count else None,
+            self.column_channels,
+        )
+        torch.autograd.graph.increment_version(weight)
+        self._seen = weight._version
+        self.clear()
+
+    def check_residual(self) -> None:
+        """Drop the residual of a weight that was written from outside: it belongs to other values."""
+        if self.weight._version == self._seen:
+            return
+        if self.residual is not None:
+            self.residual.zero_()
+            log.info("%s was written from outside: its residual starts again at zero", self.name)
+        self._seen = self.weight._version
+
+    def count_step(self) -> bool:
+        """Count an optimizer step; draw new permutations when they are due, and say so."""
+        self.steps += 1
+        period = self.config.permutation_period
+        if not period or self.steps % period:
+            return False
+        self.epoch += 1
+        self.draw()
+        return True
+
+    def resume(self, key: int, epoch: int, steps: int, residual: Tensor | None) -> None:
+        """Continue where a checkpoint stopped; ``residual`` None means that none belongs to this weight."""
+        self.key, self.epoch, self.steps = key, epoch, steps
+        self.draw()
+        if self.residual is not None:
+            if residual is None:
+                self.residual.zero_()
+            else:
+                self.residual.copy_(residual)
+        self._seen = self.weight._version
+
+    def follow_weight(self) -> None:
+        """Move with a weight that changed its device or dtype, as ``model.to(...)`` does.
+
+        Raises:
+            PoetxError: the weight has another shape than at conversion.
+        """
+        weight = self.weight
+        if tuple(weight.shape) != (self.rows.features, self.columns.features):
+            raise PoetxError(
+                f"poetx: '{self.name}' was converted as {self.rows.features} x {self.columns.features} and is now "
+                f"{' x '.join(map(str, weight.shape))}; call poetx_compile.restore(model) before changing a weight's shape"
+            )
+        if weight.device == self.q.device and weight.dtype == self._dtype:
+            return
+        dtype = kernels.master_dtype(weight.dtype)
+        self.q.grad = None if self.q.grad is None else self.q.grad.to(weight.device, dtype)
+        self.q.data = self.q.data.to(weight.device, dtype)
+        self.row_channels = self.row_channels.to(weight.device)
+        self.column_channels = self.column_channels.to(weight.device)
+        if weight.dtype != self._dtype:
+            self.residual = torch.zeros_like(weight, dtype=torch.int8) if weight.dtype in kernels.HALF else None
+        elif self.residual is not None:
+            self.residual = self.residual.to(weight.device)
+        self._dtype = weight.dtype
+        self._clean = self.q._version
+
+
+def layouts(weight: Tensor, config: PoetxConfig) -> tuple[BlockLayout, BlockLayout]:
+    """The blocks of rows and of columns that ``config`` gives a weight."""
+    m, n = weight.shape
+    return BlockLayout.of(m, config.block_size, config.chunk), BlockLayout.of(n, config.block_size, config.chunk)
+
+
+class Registry:
+    """Factors by the identity of their weight or of their ``q``. Holds no weight alive: a factor goes with its weight."""
+
+    def __init__(self) -> None:
+        self._by_weight: dict[int, OrthogonalFactor] = {}
+        self._by_skew: dict[int, OrthogonalFactor] = {}
+
+    def add(self, factor: OrthogonalFactor) -> None:
+        weight, skew = id(factor.weight), id(factor.q)
+        self._by_weight[weight] = factor
+        self._by_skew[skew] = factor
+        weakref.finalize(factor.weight, self._forget, weight, skew).atexit = False
+
+    def remove(self, factor: OrthogonalFactor) -> None:
+        self._forget(id(factor.weight), id(factor.q))
+
+    def _forget(self, weight: int, skew: int) -> None:
+        held = self._by_weight.get(weight)
+        if held is not None and id(held.q) == skew:
+            del self._by_weight[weight]
+        self._by_skew.pop(skew, None)
+
+    def of_weight(self, weight: object) -> OrthogonalFactor | None:
+        factor = self._by_weight.get(id(weight))
+        return factor if factor is not None and factor._weight() is weight else None
+
+    def of_skew(self, q: object) -> OrthogonalFactor | None:
+        factor = self._by_skew.get(id(q))
+        return factor if factor is not None and factor.q is q else None
+
+    def __iter__(self) -> Iterator[OrthogonalFactor]:
+        return iter(list(self._by_weight.values()))
+
+    def __len__(self) -> int:
+        return len(self._by_weight)
+
+
+factors = Registry()

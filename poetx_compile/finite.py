@@ -1,0 +1,59 @@
+"""Telling the user of non-finite rotations without making the device wait."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from .errors import PoetxWarning
+from .factor import OrthogonalFactor
+
+
+class FiniteWatch:
+    """Looks at each step's ``q``. On a GPU the answer is read one step later, when it has arrived."""
+
+    def __init__(self) -> None:
+        self._asked: list[tuple[Tensor, torch.cuda.Event | None, list[str]]] = []
+        self._told: set[str] = set()
+
+    def look(self, stepped: list[OrthogonalFactor]) -> None:
+        """Ask about these factors' ``q``, and warn of what earlier answers say."""
+        by_device: dict[torch.device, list[OrthogonalFactor]] = defaultdict(list)
+        for factor in stepped:
+            by_device[factor.q.device].append(factor)
+        with torch.no_grad():
+            for device, group in by_device.items():
+                sizes = torch.stack(torch._foreach_norm([factor.q for factor in group]))
+                names = [factor.name for factor in group]
+                if device.type == "cuda":
+                    arrived = torch.cuda.Event()
+                    answer = sizes.to("cpu", non_blocking=True)
+                    arrived.record(torch.cuda.current_stream(device))
+                    self._asked.append((answer, arrived, names))
+                else:
+                    self._asked.append((sizes, None, names))
+        self._read()
+
+    def _read(self) -> None:
+        waiting = []
+        for answer, arrived, names in self._asked:
+            if arrived is None or arrived.query():
+                self._tell([name for name, size in zip(names, answer.tolist()) if not size < float("inf")])
+            else:
+                waiting.append((answer, arrived, names))
+        self._asked = waiting
+
+    def _tell(self, bad: list[str]) -> None:
+        fresh = [name for name in bad if name not in self._told]
+        self._told.update(fresh)
+        if fresh:
+            others = f" and {len(fresh) - 1} more" if len(fresh) > 1 else ""
+            warnings.warn(
+                f"poetx: the step of '{fresh[0]}'{others} was NaN or infinite; its weight was left as it was where that happened. The "
+                "optimizer's state may hold such numbers now: resume from a checkpoint with a lower learning rate, or clip gradients",
+                PoetxWarning,
+                stacklevel=2,
+            )

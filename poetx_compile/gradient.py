@@ -1,0 +1,72 @@
+"""``W.grad`` is ``q.grad``: what scripts read, clip, unscale and zero on the weight is the gradient of its rotation."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor, nn
+
+from . import coverage
+from ._torch import is_tracing, own_grad, replace_grad_attribute, set_own_grad
+from .factor import OrthogonalFactor, factors
+
+
+def attach(factor: OrthogonalFactor) -> None:
+    """Show ``q``'s gradient as the weight's, and project whatever gradient autograd brings to the weight itself.
+
+    A gradient that the weight already holds is projected too.
+    """
+    _install()
+    weight = factor.weight
+    before = own_grad(weight)
+    set_own_grad(weight, None)
+    factors.add(factor)
+    factor.hook = weight.register_post_accumulate_grad_hook(_project)
+    coverage.watch(factor)
+    if before is not None:
+        weight.grad = before
+
+
+def detach(factor: OrthogonalFactor) -> None:
+    """Undo :func:`attach`: the weight's gradient is its own again."""
+    if factor.hook is not None:
+        factor.hook.remove()
+    factors.remove(factor)
+    coverage.forget(factor)
+
+
+@functools.cache
+def _install() -> None:
+    replace_grad_attribute(_read, _write)
+
+
+def _read(parameter: nn.Parameter) -> Tensor | None:
+    factor = factors.of_weight(parameter)
+    if factor is None:
+        return own_grad(parameter)
+    if is_tracing():  # a compiler that copies the parameter expects a gradient of its shape
+        return None
+    grad = factor.q.grad
+    if grad is not None and not factor.is_covered:
+        coverage.check()
+    return grad
+
+
+def _write(parameter: nn.Parameter, grad: Tensor | None) -> None:
+    factor = factors.of_weight(parameter)
+    if factor is None:
+        set_own_grad(parameter, grad)
+    elif grad is None or grad.shape == factor.q.shape:
+        factor.q.grad = grad
+    else:
+        factor.q.grad = factor.project(grad)
+
+
+def _project(weight: Tensor) -> None:
+    factor = factors.of_weight(weight)
+    grad = own_grad(weight)
+    if factor is None or grad is None:
+        return
+    set_own_grad(weight, None)
+    packed = factor.project(grad)
+    factor.q.grad = packed if factor.q.grad is None else factor.q.grad.add_(packed)

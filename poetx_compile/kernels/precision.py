@@ -1,0 +1,35 @@
+"""Full float32 products, whatever the user chose for the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Run float32 matrix products in IEEE float32, outside autocast.
+
+    Folding in TF32 loses three digits a step that rotations never restore. torch keeps this choice twice, by an old and
+    a new interface, and refuses to multiply where they disagree: both are set, and both put back.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    chosen = [backend.fp32_precision for backend in backends]
+    try:
+        legacy: str | None = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        legacy = None  # only the new interface is in use
+    if legacy:
+        torch.set_float32_matmul_precision("highest")
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if legacy:
+            torch.set_float32_matmul_precision(legacy)
+        for backend, precision in zip(backends, chosen):
+            backend.fp32_precision = precision

@@ -1,0 +1,63 @@
+"""How one dimension of a weight is cut into blocks, and which channels sit in which block."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Blocks along one dimension: ``count`` blocks of ``width`` channels out of ``features``.
+
+    The width need not divide the dimension. Left-over channels sit out until a new permutation brings them in.
+    """
+
+    features: int
+    count: int
+    width: int
+    chunk: int
+
+    @classmethod
+    def of(cls, features: int, block_size: int, chunk: int) -> BlockLayout:
+        """The fewest blocks of at most ``block_size`` channels, of equal width, made of whole chunks.
+
+        A dimension too short for one chunk, or for a block of two channels, is not rotated (``count`` is 0).
+        """
+        count = min(-(-features // block_size), features // chunk)
+        width = chunk * (features // (chunk * count)) if count else 0
+        return cls(features, count, width, chunk) if width > 1 else cls(features, 0, 0, chunk)
+
+    @property
+    def rotated(self) -> int:
+        """Channels that take part under one permutation."""
+        return self.count * self.width
+
+    @property
+    def skew_per_block(self) -> int:
+        return self.width * (self.width - 1) // 2
+
+    @property
+    def skew(self) -> int:
+        """Numbers in the packed upper triangles of all blocks."""
+        return self.count * self.skew_per_block
+
+    def channels(self, key: int, side: int, epoch: int) -> Tensor:
+        """Draw the channels of all blocks, in block order: int64 ``[rotated]``, on CPU.
+
+        Channels move in runs of ``chunk``, so that a gather reads whole memory sectors. The grid of runs starts at a
+        random offset where ``chunk`` does not divide the dimension. The draw depends on nothing but its arguments.
+        """
+        digest = hashlib.sha256(f"{key}:{side}:{epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        offset = int(torch.randint(self.features % self.chunk + 1, (), generator=generator))
+        runs = torch.randperm(self.features // self.chunk, generator=generator)[: self.rotated // self.chunk]
+        return (offset + runs[:, None] * self.chunk + torch.arange(self.chunk)).reshape(-1)
+
+
+def permutation_key(seed: int, name: str) -> int:
+    """What stands for (seed, parameter name) in every draw; 63 bits, so that it survives in a checkpoint."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")

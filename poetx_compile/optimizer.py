@@ -1,0 +1,197 @@
+"""Re-targeting the user's optimizer: ``q`` stands in ``W``'s slot while ``step()`` runs, and is folded into ``W`` after it.
+
+Outside ``step()`` the optimizer holds ``W``, in its parameter groups and as the key of its state, so that schedulers,
+clipping, named groups and everything else that a script built on it stay valid.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from . import checkpoint, coverage
+from ._torch import is_stepping, live_optimizers, on_optimizer_state_loaded
+from .errors import PoetxError
+from .factor import OrthogonalFactor, factors
+from .finite import FiniteWatch
+
+log = logging.getLogger(__name__)
+
+_REFUSED = {
+    "LBFGS": "it evaluates the model at trial points within one step",
+    "SparseAdam": "it takes sparse gradients only",
+    "Muon": "it orthogonalises matrices, and a rotation is trained as a packed vector",
+}
+
+_stepping: list[Optimizer] = []
+_loaded: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+_hooked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+_finite = FiniteWatch()
+
+
+@functools.cache
+def install() -> None:
+    """Watch the steps and the loading of all optimizers from now on; look once at those loaded before."""
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
+    on_optimizer_state_loaded(_loaded.add)
+    _loaded.update(live_optimizers())
+
+
+def settle() -> None:
+    """Read back checkpoints that arrived since the last call: before gradients are made with other permutations."""
+    for optimizer in list(_loaded):
+        _watch_state_dict(optimizer)
+        if not checkpoint.adopt(optimizer):
+            _loaded.discard(optimizer)
+
+
+def join_running_step() -> None:
+    """Let weights that were converted inside ``step(closure)`` take part in that step."""
+    for optimizer in _stepping:
+        _enter(optimizer)
+
+
+def check_clean(factor: OrthogonalFactor) -> None:
+    """Refuse to run the model while a rotation waits to be folded; clear it if its step was abandoned.
+
+    Raises:
+        PoetxError: the optimizer moved ``q`` and evaluates the model before its step ended.
+    """
+    if factor.is_clean:
+        return
+    running = [optimizer for optimizer in _stepping if is_stepping(optimizer)]
+    if running:
+        raise PoetxError(
+            f"poetx: {type(running[-1]).__name__} moved the rotation of '{factor.name}' and ran the model again before step() ended. "
+            "Optimizers that evaluate the model at trial points (SAM, line search) cannot train rotations: use another "
+            "optimizer, or leave this weight out with options={'exclude': [...]}"
+        )
+    while _stepping:
+        _leave(_stepping.pop())
+    factor.clear()
+
+
+def _watch_state_dict(optimizer: Optimizer) -> None:
+    if optimizer not in _hooked:
+        optimizer.register_state_dict_post_hook(checkpoint.encode)
+        _hooked.add(optimizer)
+
+
+@torch._dynamo.disable
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if optimizer in _stepping:  # its last step() raised
+        for abandoned in _stepping[_stepping.index(optimizer) :]:
+            _leave(abandoned)
+        del _stepping[_stepping.index(optimizer) :]
+    if factors or optimizer in _loaded:
+        _enter(optimizer)
+    _stepping.append(optimizer)
+
+
+@torch._dynamo.disable
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    del _stepping[_stepping.index(optimizer) :]
+    stepped = _leave(optimizer)
+    if not stepped:
+        return
+    moved = [(factor, gain) for factor, gain in stepped if factor.q.grad is not None or not factor.is_clean]
+    _finite.look([factor for factor, _ in moved])
+    outermost = not _stepping
+    counts = outermost and not _was_skipped(optimizer)
+    for factor, gain in moved:
+        factor.retract(gain)
+    for factor, _ in stepped:
+        entry = optimizer.state.get(factor.weight, {})
+        if counts and factor.count_step():
+            for value in entry.values():
+                if torch.is_tensor(value) and value.shape == factor.q.shape:
+                    value.zero_()
+        checkpoint.tag(factor, entry)
+        coverage.forget(factor)
+    coverage.check()
+
+
+def _enter(optimizer: Optimizer) -> None:
+    """Put ``q`` in ``W``'s place, in groups and state. Remembers nothing, so it may run any number of times.
+
+    Raises:
+        PoetxError: this optimizer, or its state, cannot train a rotation. Nothing was changed then.
+    """
+    slots = [
+        (group["params"], index, factor)
+        for group in optimizer.param_groups
+        for index, parameter in enumerate(group["params"])
+        if (factor := factors.of_weight(parameter)) is not None
+    ]
+    entries = [_usable_entry(optimizer, factor) for _, _, factor in slots]
+    for (parameters, index, factor), entry in zip(slots, entries):
+        if not factor.is_clean:
+            factor.clear()
+        parameters[index] = factor.q
+        optimizer.state.pop(factor.weight, None)
+        if entry:
+            optimizer.state[factor.q] = entry
+    if slots:
+        _watch_state_dict(optimizer)
+
+
+def _usable_entry(optimizer: Optimizer, factor: OrthogonalFactor) -> checkpoint.Entry | None:
+    for name in _names(optimizer):
+        if name in _REFUSED:
+            raise PoetxError(
+                f"poetx: {name} cannot train the rotation of '{factor.name}': {_REFUSED[name]}. Give this weight to another optimizer, "
+                f"AdamW for instance, or leave it out with options={{'exclude': ['{factor.name}']}}"
+            )
+    factor.follow_weight()
+    entry = optimizer.state.get(factor.weight)
+    if not entry:
+        return None
+    if checkpoint.is_saved(entry):
+        raise PoetxError(
+            f"poetx: the state of {type(optimizer).__name__} was loaded after this step's forward, so its gradients belong to "
+            "other permutations; load the optimizer's state before the forward pass"
+        )
+    return entry if "poetx_live" in entry else checkpoint.ordinary(factor, entry)
+
+
+def _leave(optimizer: Optimizer) -> list[tuple[OrthogonalFactor, float]]:
+    """Put every ``W`` back in its place. Returns the factors that took part, and the gain of their group."""
+    stepped = []
+    for group in optimizer.param_groups:
+        for index, parameter in enumerate(group["params"]):
+            factor = factors.of_skew(parameter) or factors.of_weight(parameter)
+            if factor is None:
+                continue
+            group["params"][index] = factor.weight
+            if factor.q in optimizer.state:
+                optimizer.state[factor.weight] = optimizer.state.pop(factor.q)
+            stepped.append((factor, _gain(optimizer, group)))
+    return stepped
+
+
+def _names(optimizer: Optimizer) -> list[str]:
+    return [base.__name__ for base in type(optimizer).__mro__]
+
+
+def _gain(optimizer: Optimizer, group: dict[str, Any]) -> float:
+    """What undoes a step size that shrinks with the size of ``q``, which is zero.
+
+    Adafactor scales by ``max(ε₂, RMS(parameter))``. A rotation by ``q`` changes a weight by ``q`` times its own size, so the
+    size that belongs here is 1.
+    """
+    if "Adafactor" not in _names(optimizer) or not group.get("scale_parameter", True):
+        return 1.0
+    return 1.0 / group["eps"][1]
+
+
+def _was_skipped(optimizer: Optimizer) -> bool:
+    """Whether GradScaler found infinities in a fused optimizer's gradients: it ran ``step()``, which did nothing."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found.item())

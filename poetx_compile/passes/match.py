@@ -1,0 +1,145 @@
+"""Which parameters of a graph are weights of linear layers, and why the others are not. Reads, never writes."""
+
+from __future__ import annotations
+
+import enum
+import fnmatch
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .._torch import gradient_hooks, source_name
+from ..config import PoetxConfig
+from ..factor import factors, layouts
+from .normalize import ADDMM, LINEAR, MATMUL
+from .uses import Use, UseGraph
+
+
+class SkipReason(enum.Enum):
+    """Why a parameter stays an ordinary parameter, in the words of the report."""
+
+    FROZEN = "frozen (requires_grad=False)"
+    NOT_A_MATRIX = "not a matrix"
+    DTYPE = "not a floating dtype that can be rotated"
+    EXCLUDED = "excluded by name"
+    HEAD = "output head"
+    EMBEDDING = "embedding"
+    TIED = "tied to an embedding"
+    UNUSED = "not used in the graph"
+    NOT_A_LINEAR = "not only used as the weight of a linear layer"
+    NO_INPUT = "multiplied with other parameters only"
+    TOO_SMALL = "both dimensions shorter than a chunk"
+    GRADIENT_HOOK = "a gradient hook waits for its dense gradient"
+    ZERO = "all zeros, which no rotation can change"
+
+
+@dataclass(frozen=True)
+class LinearMatch:
+    """A weight to convert.
+
+    ``uses`` are its products in canonical form if it has no other uses, else empty: then only the dense route serves.
+    """
+
+    placeholder: fx.Node
+    index: int
+    weight: nn.Parameter
+    name: str
+    uses: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A parameter to leave alone."""
+
+    index: int
+    weight: nn.Parameter
+    name: str
+    reason: SkipReason
+
+
+Lookup = Callable[[nn.Parameter], "SkipReason | None"]
+
+
+def match(
+    gm: fx.GraphModule, inputs: dict[fx.Node, Any], config: PoetxConfig, remembered: Lookup = lambda weight: None
+) -> tuple[list[LinearMatch], list[Skip]]:
+    """Sort the parameters of a normalised graph.
+
+    Args:
+        remembered: the reason for which another graph left a weight alone, where that binds this graph too.
+    """
+    graph = UseGraph(gm, inputs)
+    parameters = {node: value for node, value in inputs.items() if isinstance(value, nn.Parameter)}
+    uses = {node: list(graph.uses(node)) for node, weight in parameters.items() if weight.ndim == 2}
+    linears = {use.node for found in uses.values() for use in found if use.is_product}
+    matches, skips = [], []
+    for index, (node, value) in enumerate(inputs.items()):
+        if node not in parameters:
+            continue
+        name = parameter_name(source_name(node))
+        reason = remembered(value) or _reason(value, name, uses.get(node, []), graph, linears, config)
+        if reason is not None:
+            skips.append(Skip(index, value, name, reason))
+        else:
+            matches.append(LinearMatch(node, index, value, name, _canonical(node, uses[node])))
+    return matches, skips
+
+
+def _reason(
+    weight: nn.Parameter, name: str, uses: list[Use], graph: UseGraph, linears: set[fx.Node], config: PoetxConfig
+) -> SkipReason | None:
+    if not weight.requires_grad:
+        return SkipReason.FROZEN
+    if weight.ndim != 2:
+        return SkipReason.NOT_A_MATRIX
+    if factors.of_weight(weight) is not None:
+        return None
+    if weight.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16) or type(weight) is not nn.Parameter:
+        return SkipReason.DTYPE
+    if is_named(name, config.exclude):
+        return SkipReason.EXCLUDED
+    embedded = [use.is_embedding for use in uses]
+    if any(embedded):
+        return SkipReason.EMBEDDING if all(embedded) else SkipReason.TIED
+    if not uses:
+        return SkipReason.UNUSED
+    if not all(use.is_product for use in uses):
+        return SkipReason.NOT_A_LINEAR
+    if is_named(name, config.heads) or any(graph.reaches_loss(use.node, linears) for use in uses):
+        return SkipReason.HEAD
+    if not all(use.node.target is LINEAR or graph.has_data(use) for use in uses):
+        return SkipReason.NO_INPUT
+    if not any(side.count for side in layouts(weight, config)):
+        return SkipReason.TOO_SMALL
+    return unfit(weight)
+
+
+def unfit(weight: nn.Parameter) -> SkipReason | None:
+    """What keeps this very parameter from being rotated, whatever the graph. Waits for the device."""
+    if gradient_hooks(weight):
+        return SkipReason.GRADIENT_HOOK
+    return None if bool(weight.detach().any()) else SkipReason.ZERO
+
+
+def _canonical(parameter: fx.Node, uses: list[Use]) -> tuple[fx.Node, ...]:
+    places = {LINEAR: 1, MATMUL: 1, ADDMM: 2}
+    direct = all(use.direct and places.get(use.node.target) == use.operand for use in uses)
+    return tuple(use.node for use in uses) if direct else ()
+
+
+def parameter_name(source: str) -> str:
+    """``L['self']._modules['fc']._parameters['weight']`` to ``fc.weight``."""
+    steps = re.findall(r"_(?:modules|parameters)\['([^']+)'\]", source)
+    if not steps:
+        steps = re.findall(r"[A-Za-z_0-9]+", re.sub(r"^[LG]\['self'\]|^[LG]\['(\w+)'\]", "", source)) or [source]
+    return ".".join(step for step in steps if step != "_orig_mod")
+
+
+def is_named(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a pattern fits the whole name, or is one of its components."""
+    components = name.split(".")
+    return any(fnmatch.fnmatchcase(name, pattern) or pattern in components for pattern in patterns)

@@ -1,0 +1,34 @@
+"""The explicit parametrisation that the package never forms: ``W' = G_rows(q) W G_columns(q)``, dense and differentiable."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from poetx_compile.factor import OrthogonalFactor
+from poetx_compile.layout import BlockLayout
+
+
+def orthogonal(skew: Tensor, layout: BlockLayout, channels: Tensor, scale: float) -> Tensor:
+    """The whole ``[features, features]`` orthogonal matrix of one side, by an exact Cayley transform."""
+    full = torch.eye(layout.features, dtype=skew.dtype)
+    if not layout.count:
+        return full
+    rows, columns = torch.triu_indices(layout.width, layout.width, 1)
+    for block in range(layout.count):
+        packed = skew[block * layout.skew_per_block : (block + 1) * layout.skew_per_block]
+        omega = torch.zeros(layout.width, layout.width, dtype=skew.dtype).index_put((rows, columns), scale * packed)
+        omega = omega - omega.T
+        eye = torch.eye(layout.width, dtype=skew.dtype)
+        g = torch.linalg.solve(eye - omega, eye + omega)
+        inside = channels[block * layout.width : (block + 1) * layout.width]
+        full = full.index_put((inside[:, None], inside[None, :]), g)
+    return full
+
+
+def explicit_weight(factor: OrthogonalFactor, weight: Tensor, q: Tensor) -> Tensor:
+    """The weight that ``factor`` makes of ``weight`` when the optimizer has written ``q``."""
+    rows, columns = q.split((factor.rows.skew, factor.columns.skew))
+    left = orthogonal(rows, factor.rows, factor.row_channels, factor.config.scale)
+    right = orthogonal(columns, factor.columns, factor.column_channels, factor.config.scale)
+    return left @ weight @ right
