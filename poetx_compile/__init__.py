@@ -1,6 +1,8 @@
 """poetx-compile: train any PyTorch model by orthogonal rotations of its weights, as a ``torch.compile`` backend."""
 
+from .api import prepare, report, restore
 from .config import PoetxConfig
 from .errors import PoetxError, PoetxWarning
+from .report import Report
 
-__all__ = ["PoetxConfig", "PoetxError", "PoetxWarning"]
+__all__ = ["PoetxConfig", "PoetxError", "PoetxWarning", "Report", "prepare", "report", "restore"]

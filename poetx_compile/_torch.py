@@ -59,7 +59,8 @@ def source_name(placeholder: fx.Node) -> str:
 def compile_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(inputs), config_patches=patches or None)
+    compiled: Any = compile_fx(gm, list(inputs), config_patches=patches or None)
+    return compiled
 
 
 def compile_with_aot_eager(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -85,16 +86,16 @@ def is_tracing() -> bool:
 
 # --- Parameters ------------------------------------------------------------------------------------------------------
 
-_TENSOR_GRAD = torch.Tensor.grad
+_TENSOR_GRAD: Any = torch.Tensor.grad
 
 
 def own_grad(parameter: Tensor) -> Tensor | None:
     """The gradient that autograd itself keeps on a tensor, whatever ``.grad`` shows."""
-    return _TENSOR_GRAD.__get__(parameter)  # type: ignore[attr-defined]
+    return _TENSOR_GRAD.__get__(parameter)
 
 
 def set_own_grad(parameter: Tensor, grad: Tensor | None) -> None:
-    _TENSOR_GRAD.__set__(parameter, grad)  # type: ignore[attr-defined]
+    _TENSOR_GRAD.__set__(parameter, grad)
 
 
 def replace_grad_attribute(

@@ -148,8 +148,8 @@ def ordinary(factor: OrthogonalFactor, entry: Entry) -> Entry:
             for name, value in entry.items()
         }
     raise PoetxError(
-        f"poetx: the optimizer state of '{factor.name}' comes from ordinary training or from a checkpoint without poetx's entries, "
-        "and cannot continue a rotation. Load only the model's state_dict and start the optimizer anew; or, to go on with "
+        f"poetx: the optimizer state of '{factor.name}' comes from ordinary training, or from a checkpoint without poetx's "
+        "entries, and cannot continue a rotation. Load only the model's state_dict and start the optimizer anew; or, to go on with "
         "ordinary training, compile with backend='inductor'"
     )
 

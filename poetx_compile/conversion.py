@@ -35,8 +35,8 @@ def adopt(weight: nn.Parameter, name: str, config: PoetxConfig) -> OrthogonalFac
         before, now = getattr(factor.config, field), getattr(config, field)
         if before != now:
             raise PoetxError(
-                f"poetx: '{factor.name}' was converted with {field}={before} and is now compiled with {field}={now}; use one setting for "
-                "every compilation of a model, or call poetx_compile.restore(model) between"
+                f"poetx: '{factor.name}' was converted with {field}={before} and is now compiled with {field}={now}; use "
+                "one setting for every compilation of a model, or call poetx_compile.restore(model) between"
             )
     return factor
 
@@ -50,8 +50,8 @@ def adopt_late(weight: nn.Parameter, name: str, config: PoetxConfig) -> Orthogon
     reason = unfit(weight)
     if reason is not None:
         raise PoetxError(
-            f"poetx: '{name}' shares compiled code with a converted weight, but this one cannot be converted: {reason.value}. Leave "
-            f"all of them out with options={{'exclude': ['{name}']}}"
+            f"poetx: '{name}' shares compiled code with a converted weight, but this one cannot be converted: "
+            f"{reason.value}. Leave all of them out with options={{'exclude': ['{name}']}}"
         )
     return adopt(weight, name, config)
 
@@ -72,8 +72,8 @@ def refuse_distributed(weights: Iterable[nn.Parameter]) -> None:
     wrapper = "DistributedDataParallel" if active_ddp() else distributed_wrapper(weights)
     if wrapper is not None:
         raise PoetxError(
-            f"poetx: this model is wrapped in {wrapper}, which waits for the gradients of weights and cannot see those of rotations. "
-            "poetx trains on one GPU so far: drop the wrapper, or compile with backend='inductor'"
+            f"poetx: this model is wrapped in {wrapper}, which waits for the gradients of weights and cannot see those of "
+            "rotations. poetx trains on one GPU so far: drop the wrapper, or compile with backend='inductor'"
         )
 
 

@@ -39,9 +39,9 @@ def check() -> None:
     if missed:
         others = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
         warnings.warn(
-            f"poetx: '{missed[0].name}'{others} has a gradient, but no torch.optim.Optimizer holds it, so it will not learn. Pass it "
-            "to an optimizer that subclasses torch.optim.Optimizer (W.grad is the packed gradient of a rotation: a hand-written "
-            "update cannot use it), set requires_grad=False, or leave it out with options={'exclude': [...]}",
+            f"poetx: '{missed[0].name}'{others} has a gradient, but no torch.optim.Optimizer holds it, so it will not learn. "
+            "Pass it to a subclass of torch.optim.Optimizer (W.grad is the packed gradient of a rotation: a hand-written update "
+            "cannot use it), set requires_grad=False, or leave it out with options={'exclude': [...]}",
             PoetxWarning,
             stacklevel=3,
         )

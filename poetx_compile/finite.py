@@ -38,7 +38,7 @@ class FiniteWatch:
         self._read()
 
     def _read(self) -> None:
-        waiting = []
+        waiting: list[tuple[Tensor, torch.cuda.Event | None, list[str]]] = []
         for answer, arrived, names in self._asked:
             if arrived is None or arrived.query():
                 self._tell([name for name, size in zip(names, answer.tolist()) if not size < float("inf")])
@@ -52,8 +52,9 @@ class FiniteWatch:
         if fresh:
             others = f" and {len(fresh) - 1} more" if len(fresh) > 1 else ""
             warnings.warn(
-                f"poetx: the step of '{fresh[0]}'{others} was NaN or infinite; its weight was left as it was where that happened. The "
-                "optimizer's state may hold such numbers now: resume from a checkpoint with a lower learning rate, or clip gradients",
+                f"poetx: the step of '{fresh[0]}'{others} was NaN or infinite; its weight was left as it was where that happened. "
+                "The optimizer's state may hold such numbers now: resume from a checkpoint with a lower "
+                "learning rate, or clip gradients",
                 PoetxWarning,
                 stacklevel=2,
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -69,13 +70,27 @@ def check_clean(factor: OrthogonalFactor) -> None:
     running = [optimizer for optimizer in _stepping if is_stepping(optimizer)]
     if running:
         raise PoetxError(
-            f"poetx: {type(running[-1]).__name__} moved the rotation of '{factor.name}' and ran the model again before step() ended. "
-            "Optimizers that evaluate the model at trial points (SAM, line search) cannot train rotations: use another "
+            f"poetx: {type(running[-1]).__name__} moved the rotation of '{factor.name}' and ran the model again before step() "
+            "ended. Optimizers that evaluate the model at trial points (SAM, line search) cannot train rotations: use another "
             "optimizer, or leave this weight out with options={'exclude': [...]}"
         )
     while _stepping:
         _leave(_stepping.pop())
     factor.clear()
+
+
+def check_can_step(optimizer: Optimizer, wanted: Iterable[OrthogonalFactor]) -> None:
+    """Raises:
+    PoetxError: this optimizer does not hold one of the weights, or cannot train a rotation.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for factor in wanted:
+        if id(factor.weight) not in held:
+            raise PoetxError(
+                f"poetx: '{factor.name}' was converted, but {type(optimizer).__name__} does not hold it; build the optimizer "
+                "from model.parameters(), or leave the weight out with options={'exclude': [...]}"
+            )
+        _usable_entry(optimizer, factor)
 
 
 def _watch_state_dict(optimizer: Optimizer) -> None:
@@ -146,8 +161,8 @@ def _usable_entry(optimizer: Optimizer, factor: OrthogonalFactor) -> checkpoint.
     for name in _names(optimizer):
         if name in _REFUSED:
             raise PoetxError(
-                f"poetx: {name} cannot train the rotation of '{factor.name}': {_REFUSED[name]}. Give this weight to another optimizer, "
-                f"AdamW for instance, or leave it out with options={{'exclude': ['{factor.name}']}}"
+                f"poetx: {name} cannot train the rotation of '{factor.name}': {_REFUSED[name]}. Give this weight to another "
+                f"optimizer, AdamW for instance, or leave it out with options={{'exclude': ['{factor.name}']}}"
             )
     factor.follow_weight()
     entry = optimizer.state.get(factor.weight)
@@ -155,8 +170,8 @@ def _usable_entry(optimizer: Optimizer, factor: OrthogonalFactor) -> checkpoint.
         return None
     if checkpoint.is_saved(entry):
         raise PoetxError(
-            f"poetx: the state of {type(optimizer).__name__} was loaded after this step's forward, so its gradients belong to "
-            "other permutations; load the optimizer's state before the forward pass"
+            f"poetx: the state of {type(optimizer).__name__} was loaded after this step's forward, so its gradients belong "
+            "to other permutations; load the optimizer's state before the forward pass"
         )
     return entry if "poetx_live" in entry else checkpoint.ordinary(factor, entry)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     Folding in TF32 loses three digits a step that rotations never restore. torch keeps this choice twice, by an old and
     a new interface, and refuses to multiply where they disagree: both are set, and both put back.
     """
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     chosen = [backend.fp32_precision for backend in backends]
     try:
         legacy: str | None = torch.get_float32_matmul_precision()

@@ -126,7 +126,7 @@ def unfit(weight: nn.Parameter) -> SkipReason | None:
 
 
 def _canonical(parameter: fx.Node, uses: list[Use]) -> tuple[fx.Node, ...]:
-    places = {LINEAR: 1, MATMUL: 1, ADDMM: 2}
+    places: dict[Any, int] = {LINEAR: 1, MATMUL: 1, ADDMM: 2}
     direct = all(use.direct and places.get(use.node.target) == use.operand for use in uses)
     return tuple(use.node for use in uses) if direct else ()
 

@@ -95,7 +95,7 @@ def _is_transpose(node: fx.Node) -> bool:
     if node.target in ("transpose", torch.transpose, "swapaxes", torch.swapaxes):
         return sorted(_dimension(d) for d in arguments) == [0, 1] and not node.kwargs
     if node.target in ("permute", torch.permute):
-        order = arguments[0] if len(arguments) == 1 else arguments
+        order: Any = arguments[0] if len(arguments) == 1 else arguments
         return [_dimension(d) for d in order] == [1, 0]
     return False
 

@@ -1,0 +1,185 @@
+"""The account of a model's parameters: what is rotated, what is not and why, and the bytes before and after."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import conversion
+from ._torch import live_optimizers, own_grad
+from .factor import OrthogonalFactor, factors
+
+_ASSUMED_STATES = 2
+_WIDTH = 140
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What training keeps for a parameter, in bytes."""
+
+    weights: int = 0
+    residuals: int = 0
+    gradients: int = 0
+    states: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.residuals + self.gradients + self.states
+
+    def __add__(self, other: Bytes) -> Bytes:
+        return Bytes(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter.
+
+    Attributes:
+        converted: whether it is rotated.
+        how: the route (``gram``, ``dense``) and block sizes of a converted weight; else why it is not.
+        before: bytes of ordinary training with the same optimizer.
+        after: bytes of training as it is.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    converted: bool
+    how: str
+    before: Bytes
+    after: Bytes
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Report:
+    """All parameters of a model, each exactly once, in the order of ``model.named_parameters()``.
+
+    Attributes:
+        rows: one for each parameter.
+        states_known: whether the states of its optimizer were seen; before the first step two for each number are assumed.
+    """
+
+    rows: tuple[Row, ...]
+    states_known: bool
+
+    @property
+    def before(self) -> Bytes:
+        return sum((row.before for row in self.rows), Bytes())
+
+    @property
+    def after(self) -> Bytes:
+        return sum((row.after for row in self.rows), Bytes())
+
+    @property
+    def coverage(self) -> float:
+        """The share of all numbers that sit in converted weights."""
+        return sum(row.numel for row in self.rows if row.converted) / max(sum(row.numel for row in self.rows), 1)
+
+    def print(self, console: Console | None = None) -> None:
+        """Write both tables; layers that differ only in their number share a line."""
+        console = console or Console(width=None if sys.stdout.isatty() else _WIDTH)
+        console.print(self._parameters(), self._totals())
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        self.print(Console(width=_WIDTH, file=text))
+        return text.getvalue()
+
+    def _parameters(self) -> Table:
+        table = Table(title=f"poetx: {self.coverage:.1%} of all parameters are rotated", title_justify="left")
+        for heading in ("parameter", "shape", "dtype", "trained as"):
+            table.add_column(heading, overflow="fold")
+        for heading in ("before", "after"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row, count in _collapse(self.rows):
+            name = f"{row.name}  × {count}" if count > 1 else row.name
+            shape = " × ".join(map(str, row.shape))
+            before, after = (_readable(count * part.total) for part in (row.before, row.after))
+            table.add_row(name, shape, str(row.dtype).removeprefix("torch."), row.how, before, after)
+        return table
+
+    def _totals(self) -> Table:
+        note = "" if self.states_known else f" (assuming {_ASSUMED_STATES} optimizer states until the first step)"
+        table = Table(title=f"bytes{note}", title_justify="left")
+        for heading in ("", "before", "after"):
+            table.add_column(heading, justify="right")
+        before, after = self.before, self.after
+        for name in ("weights", "residuals", "gradients", "states", "total"):
+            sizes = (_readable(getattr(part, name)) for part in (before, after))
+            table.add_row(name, *sizes, end_section=name == "states")
+        return table
+
+
+def build_report(model: nn.Module) -> Report:
+    """Account for every parameter of a module. Looks at all live optimizers."""
+    owners = {
+        id(parameter): optimizer
+        for optimizer in live_optimizers()
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    known = any(owners[id(parameter)].state.get(parameter) for parameter in model.parameters() if id(parameter) in owners)
+    rows = [_row(name, parameter, owners.get(id(parameter)), known) for name, parameter in model.named_parameters()]
+    return Report(tuple(rows), known)
+
+
+def _row(name: str, parameter: nn.Parameter, owner: Optimizer | None, known: bool) -> Row:
+    factor = factors.of_weight(parameter)
+    trained = parameter.requires_grad
+    q = parameter if factor is None else factor.q
+    entry = owner.state.get(parameter, {}) if owner is not None else {}
+    held = [value for key, value in entry.items() if torch.is_tensor(value) and value.ndim and not key.startswith("poetx_")]
+    like_q = sum(value.shape == q.shape for value in held) if known else _ASSUMED_STATES * trained
+    ordinary = Bytes(_size(parameter), 0, trained * _size(parameter), like_q * _size(parameter))
+    if factor is None:
+        reason = conversion.skip_reason(parameter)
+        how = f"ordinary: {reason.value if reason else 'in no compiled graph yet'}"
+        states = sum(map(_size, held)) if known else ordinary.states
+        grad = own_grad(parameter)
+        after = Bytes(ordinary.weights, 0, ordinary.gradients if grad is None else _size(grad), states)
+        return Row(name, tuple(parameter.shape), parameter.dtype, False, how, ordinary, after)
+    states = sum(map(_size, held)) if known else like_q * _size(q)
+    after = Bytes(_size(parameter), _size(factor.residual), _size(q), _size(q) + states)
+    return Row(name, tuple(parameter.shape), parameter.dtype, True, _how(factor), ordinary, after)
+
+
+def _how(factor: OrthogonalFactor) -> str:
+    sides = (f"{side.count}×{side.width}" if side.count else "fixed" for side in (factor.rows, factor.columns))
+    return f"rotation: {factor.route}, blocks {', '.join(sides)}"
+
+
+def _size(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()
+
+
+def _collapse(rows: Iterable[Row]) -> list[tuple[Row, int]]:
+    """Rows that differ only in the numbers within their names, as one with a count, where the first stood."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{row.name}")[1:]
+        groups.setdefault((pattern, row.shape, row.dtype, row.how), []).append(row)
+    return [
+        (replace(group[0], name=str(key[0])) if len(group) > 1 else group[0], len(group)) for key, group in groups.items()
+    ]
+
+
+def _readable(size: int) -> str:
+    amount = float(size)
+    for unit in ("B", "KB", "MB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.2f} GB"
