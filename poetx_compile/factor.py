@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ from .layout import BlockLayout, permutation_key
 log = logging.getLogger(__name__)
 
 ROWS, COLUMNS = 0, 1
+
+_SKEWS_PER_BATCH = 1 << 24
+"""Skew parameters whose rotations are made at once: bounds the scratch memory of a retraction (about 1 GB)."""
 
 
 class OrthogonalFactor:
@@ -90,25 +95,28 @@ class OrthogonalFactor:
             self.q.zero_()
         self._clean = self.q._version
 
-    @torch.no_grad()
     def retract(self, gain: float = 1.0) -> None:
-        """Fold the rotation that stands in ``q`` into the weight, and zero ``q``.
+        """Fold the rotation that stands in ``q`` into the weight, and zero ``q``; see :func:`retract_all`."""
+        retract_all([(self, gain)])
+
+    def skews(self) -> Iterator[tuple[Tensor, int]]:
+        """The packed skew parameters, and the block width, of each side that is rotated: rows, then columns."""
+        for packed, side in zip(self.q.split((self.rows.skew, self.columns.skew)), (self.rows, self.columns)):
+            if side.count:
+                yield packed, side.width
+
+    def fold(self, rotations: Sequence[Tensor]) -> None:
+        """``W ← (I + E_rows) W (I + E_columns)``, and ``q ← 0``.
 
         Args:
-            gain: multiplies ``q`` first, for optimizers that scale by the size of what they train.
+            rotations: ``E`` of each side in :meth:`skews`, ``[r, b, b]``.
         """
         self.check_residual()
-        rows, columns = self.q.split((self.rows.skew, self.columns.skew))
-        scale = self.config.scale * gain
+        given = iter(rotations)
+        rows = next(given) if self.rows.count else None
+        columns = next(given) if self.columns.count else None
         weight = self.weight
-        kernels.rotate_(
-            weight.data,
-            self.residual,
-            kernels.cayley_neumann(rows, self.rows.width, scale) if self.rows.count else None,
-            self.row_channels,
-            kernels.cayley_neumann(columns, self.columns.width, scale) if self.columns.count else None,
-            self.column_channels,
-        )
+        kernels.rotate_(weight.data, self.residual, rows, self.row_channels, columns, self.column_channels)
         torch.autograd.graph.increment_version(weight)
         self._seen = weight._version
         self.clear()
@@ -174,6 +182,39 @@ def layouts(weight: Tensor, config: PoetxConfig) -> tuple[BlockLayout, BlockLayo
     """The blocks of rows and of columns that ``config`` gives a weight."""
     m, n = weight.shape
     return BlockLayout.of(m, config.block_size, config.chunk), BlockLayout.of(n, config.block_size, config.chunk)
+
+
+@torch.no_grad()
+def retract_all(work: Iterable[tuple[OrthogonalFactor, float]]) -> None:
+    """Fold the rotations of many weights; blocks of one width share their launches, whatever weight they belong to.
+
+    Args:
+        work: factors, each with a gain that multiplies its ``q`` first, for optimizers that scale by the size of what they
+            train.
+    """
+    batch: list[tuple[OrthogonalFactor, float]] = []
+    size = 0
+    for factor, gain in work:
+        batch.append((factor, gain))
+        size += factor.q.numel()
+        if size >= _SKEWS_PER_BATCH:
+            _retract_batch(batch)
+            batch, size = [], 0
+    _retract_batch(batch)
+
+
+def _retract_batch(batch: list[tuple[OrthogonalFactor, float]]) -> None:
+    groups: dict[tuple[Any, ...], list[tuple[OrthogonalFactor, int, Tensor]]] = defaultdict(list)
+    for factor, gain in batch:
+        for side, (packed, width) in enumerate(factor.skews()):
+            groups[width, gain * factor.config.scale, packed.device, packed.dtype].append((factor, side, packed))
+    rotations: dict[tuple[OrthogonalFactor, int], Tensor] = {}
+    for (width, scale, *_), members in groups.items():
+        turned = kernels.cayley_neumann(torch.cat([packed for *_, packed in members]), width, scale)
+        blocks = [packed.numel() // (width * (width - 1) // 2) for *_, packed in members]
+        rotations.update({(factor, side): e for (factor, side, _), e in zip(members, turned.split(blocks))})
+    for factor, _ in batch:
+        factor.fold([rotations[factor, side] for side, _ in enumerate(factor.skews())])
 
 
 class Registry:

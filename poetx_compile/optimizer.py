@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from . import checkpoint, coverage
 from ._torch import is_stepping, live_optimizers, on_optimizer_state_loaded
 from .errors import PoetxError
-from .factor import OrthogonalFactor, factors
+from .factor import OrthogonalFactor, factors, retract_all
 from .finite import FiniteWatch
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,8 @@ _REFUSED = {
     "Muon": "it orthogonalises matrices, and a rotation is trained as a packed vector",
 }
 
-_stepping: list[Optimizer] = []
+_stepping: list[Optimizer] = []  # those inside step(), outermost first
+_finished: list[Optimizer] = []  # those that ended their step() inside another's
 _loaded: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _hooked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _finite = FiniteWatch()
@@ -41,41 +42,45 @@ def install() -> None:
     """Watch the steps and the loading of all optimizers from now on; look once at those loaded before."""
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
-    on_optimizer_state_loaded(_loaded.add)
-    _loaded.update(live_optimizers())
+    on_optimizer_state_loaded(_note_loaded)
+    for optimizer in live_optimizers():
+        _note_loaded(optimizer)
+        if is_stepping(optimizer):  # this is the first forward of all, in its closure
+            _stepping.append(optimizer)
 
 
 def settle() -> None:
-    """Read back checkpoints that arrived since the last call: before gradients are made with other permutations."""
+    """Before the model runs: undo steps that raised, and read back checkpoints that arrived since the last call.
+
+    Later would be too late: gradients would have been made with other permutations.
+    """
+    _abandon_raised()
     for optimizer in list(_loaded):
-        _watch_state_dict(optimizer)
         if not checkpoint.adopt(optimizer):
             _loaded.discard(optimizer)
 
 
 def join_running_step() -> None:
     """Let weights that were converted inside ``step(closure)`` take part in that step."""
+    _abandon_raised()
     for optimizer in _stepping:
         _enter(optimizer)
 
 
 def check_clean(factor: OrthogonalFactor) -> None:
-    """Refuse to run the model while a rotation waits to be folded; clear it if its step was abandoned.
+    """Refuse to run the model while a rotation waits to be folded.
 
     Raises:
         PoetxError: the optimizer moved ``q`` and evaluates the model before its step ended.
     """
     if factor.is_clean:
         return
-    running = [optimizer for optimizer in _stepping if is_stepping(optimizer)]
-    if running:
+    if _stepping:
         raise PoetxError(
-            f"poetx: {type(running[-1]).__name__} moved the rotation of '{factor.name}' and ran the model again before step() "
+            f"poetx: {type(_stepping[-1]).__name__} moved the rotation of '{factor.name}' and ran the model again before step() "
             "ended. Optimizers that evaluate the model at trial points (SAM, line search) cannot train rotations: use another "
             "optimizer, or leave this weight out with options={'exclude': [...]}"
         )
-    while _stepping:
-        _leave(_stepping.pop())
     factor.clear()
 
 
@@ -93,18 +98,33 @@ def check_can_step(optimizer: Optimizer, wanted: Iterable[OrthogonalFactor]) -> 
         _usable_entry(optimizer, factor)
 
 
+def _note_loaded(optimizer: Optimizer) -> None:
+    _loaded.add(optimizer)
+    _watch_state_dict(optimizer)
+
+
 def _watch_state_dict(optimizer: Optimizer) -> None:
     if optimizer not in _hooked:
         optimizer.register_state_dict_post_hook(checkpoint.encode)
         _hooked.add(optimizer)
 
 
+def _abandon_raised() -> None:
+    """Undo the steps that raised: every ``W`` back in its place, no rotation waiting."""
+    for optimizer in [optimizer for optimizer in _stepping if not is_stepping(optimizer)]:
+        _stepping.remove(optimizer)
+        for factor, _ in _leave(optimizer):
+            if not factor.is_clean:
+                factor.clear()
+    if not _stepping:
+        _finished.clear()
+
+
 @torch._dynamo.disable
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if optimizer in _stepping:  # its last step() raised
-        for abandoned in _stepping[_stepping.index(optimizer) :]:
-            _leave(abandoned)
-        del _stepping[_stepping.index(optimizer) :]
+    if is_stepping(optimizer):  # a subclass calls super().step()
+        return
+    _abandon_raised()
     if factors or optimizer in _loaded:
         _enter(optimizer)
     _stepping.append(optimizer)
@@ -112,25 +132,54 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 @torch._dynamo.disable
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if optimizer not in _stepping or is_stepping(optimizer):
+        return
     del _stepping[_stepping.index(optimizer) :]
     stepped = _leave(optimizer)
-    if not stepped:
-        return
-    moved = [(factor, gain) for factor, gain in stepped if factor.q.grad is not None or not factor.is_clean]
+    for outer in _stepping:  # a wrapper that goes on finds weights, not rotations that were folded
+        _leave(outer)
+    moved = [(factor, group) for factor, group in stepped if factor.q.grad is not None or not factor.is_clean]
     _finite.look([factor for factor, _ in moved])
-    outermost = not _stepping
-    counts = outermost and not _was_skipped(optimizer)
-    for factor, gain in moved:
-        factor.retract(gain)
-    for factor, _ in stepped:
-        entry = optimizer.state.get(factor.weight, {})
-        if counts and factor.count_step():
-            for value in entry.values():
-                if torch.is_tensor(value) and value.shape == factor.q.shape:
-                    value.zero_()
-        checkpoint.tag(factor, entry)
-        coverage.forget(factor)
+    retract_all((factor, _gain(optimizer, group)) for factor, group in moved)
+    _finished.append(optimizer)
+    if not _stepping:
+        _count()
     coverage.check()
+
+
+def _count() -> None:
+    """Count one step for every factor that took part in it, whatever wrappers stepped inside one another."""
+    skipped = any(_was_skipped(optimizer) for optimizer in _finished)
+    counted: dict[OrthogonalFactor, bool] = {}
+    for optimizer in _finished:
+        for factor, group in _slots(optimizer):
+            if factor not in counted:
+                counted[factor] = not skipped and factor.count_step()
+                coverage.forget(factor)
+            if counted[factor]:
+                _restart(optimizer, group, factor)
+    for optimizer in _finished:
+        for factor, _ in _slots(optimizer):
+            checkpoint.tag(factor, optimizer.state.get(factor.weight, {}))
+    _finished.clear()
+
+
+def _restart(optimizer: Optimizer, group: dict[str, Any], factor: OrthogonalFactor) -> None:
+    """Drop what the optimizer knows of a rotation whose blocks changed; step counts too, or Adam's first steps are too long."""
+    entry = optimizer.state.pop(factor.weight, None)
+    if entry and "Adagrad" in _names(optimizer):  # makes its state when it is built, and not again
+        fresh = torch.full_like(factor.q, group["initial_accumulator_value"], requires_grad=False)
+        optimizer.state[factor.weight] = {"step": torch.zeros_like(entry["step"]), "sum": fresh}
+
+
+def _slots(optimizer: Optimizer) -> list[tuple[OrthogonalFactor, dict[str, Any]]]:
+    """The factors whose weight, or ``q``, an optimizer holds, each with its group."""
+    return [
+        (factor, group)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if (factor := factors.of_weight(parameter) or factors.of_skew(parameter)) is not None
+    ]
 
 
 def _enter(optimizer: Optimizer) -> None:
@@ -143,13 +192,14 @@ def _enter(optimizer: Optimizer) -> None:
         (group["params"], index, factor)
         for group in optimizer.param_groups
         for index, parameter in enumerate(group["params"])
-        if (factor := factors.of_weight(parameter)) is not None
+        if (factor := factors.of_weight(parameter) or factors.of_skew(parameter)) is not None
     ]
     entries = [_usable_entry(optimizer, factor) for _, _, factor in slots]
     for (parameters, index, factor), entry in zip(slots, entries):
-        if not factor.is_clean:
-            factor.clear()
-        parameters[index] = factor.q
+        if parameters[index] is factor.weight:  # a wrapper that shares its groups put q there already
+            if not factor.is_clean:
+                factor.clear()
+            parameters[index] = factor.q
         optimizer.state.pop(factor.weight, None)
         if entry:
             optimizer.state[factor.q] = entry
@@ -176,9 +226,8 @@ def _usable_entry(optimizer: Optimizer, factor: OrthogonalFactor) -> checkpoint.
     return entry if "poetx_live" in entry else checkpoint.ordinary(factor, entry)
 
 
-def _leave(optimizer: Optimizer) -> list[tuple[OrthogonalFactor, float]]:
-    """Put every ``W`` back in its place. Returns the factors that took part, and the gain of their group."""
-    stepped = []
+def _leave(optimizer: Optimizer) -> list[tuple[OrthogonalFactor, dict[str, Any]]]:
+    """Put every ``W`` back in its place. Returns the factors that took part, each with its group."""
     for group in optimizer.param_groups:
         for index, parameter in enumerate(group["params"]):
             factor = factors.of_skew(parameter) or factors.of_weight(parameter)
@@ -187,8 +236,7 @@ def _leave(optimizer: Optimizer) -> list[tuple[OrthogonalFactor, float]]:
             group["params"][index] = factor.weight
             if factor.q in optimizer.state:
                 optimizer.state[factor.weight] = optimizer.state.pop(factor.q)
-            stepped.append((factor, _gain(optimizer, group)))
-    return stepped
+    return _slots(optimizer)
 
 
 def _names(optimizer: Optimizer) -> list[str]:

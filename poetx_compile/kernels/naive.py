@@ -50,7 +50,7 @@ def block_gram(left: Tensor, right: Tensor, channels: Tensor, width: int) -> Ten
         ``[r · width(width−1)/2]``, accumulated in float32, or in float64 for float64 inputs.
     """
     dtype = master_dtype(left.dtype)
-    blocks = (tensor.index_select(1, channels).unflatten(1, (-1, width)) for tensor in (left, right))
+    blocks = (tensor[:, channels].unflatten(1, (-1, width)) for tensor in (left, right))
     a, b = (tensor.permute(1, 0, 2) for tensor in blocks)  # [r, N, width]
     with torch.autocast(left.device.type, enabled=False):
         if left.is_cuda and left.dtype != dtype:
