@@ -6,7 +6,7 @@ import functools
 import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_origin
 
 import torch
 from torch import Tensor, fx, nn
@@ -56,6 +56,18 @@ def source_name(placeholder: fx.Node) -> str:
     return name() if callable(name) else name
 
 
+def functorch_nodes(gm: fx.GraphModule) -> set[fx.Node]:
+    """What runs under ``vmap``, ``grad``, ``jvp`` and their like, where custom backwards without a vmap rule fail."""
+    inside: set[fx.Node] = set()
+    depth = 0
+    for node in gm.graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        depth += name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
+        if depth:
+            inside.add(node)
+    return inside
+
+
 def compile_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
@@ -75,8 +87,17 @@ def inductor_option_names() -> set[str]:
     return set(config.get_config_copy())
 
 
-def inductor_mode_options(mode: str) -> dict[str, Any]:
-    return dict(torch._inductor.list_mode_options(mode))
+def inductor_option_type(name: str) -> type | None:
+    """What ``torch.compile`` takes for one of Inductor's options; None where it does not check."""
+    from torch._inductor import config
+
+    kind = config.get_type(name)  # type: ignore[attr-defined]
+    return kind if isinstance(kind, type) and get_origin(kind) is None and kind is not type(None) else None
+
+
+def inductor_modes() -> dict[str, dict[str, Any]]:
+    """The options that each ``mode`` of ``torch.compile`` stands for."""
+    return dict(torch._inductor.list_mode_options())
 
 
 def is_tracing() -> bool:

@@ -23,6 +23,8 @@ _PREFIX = "poetx_"
 _CODE = "poetx_code_"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SETTINGS = ("block_size", "chunk", "scale")
+_PLACE = ("poetx_key", "poetx_epoch", "poetx_steps")
+_FACTS = (*(_PREFIX + name for name in _SETTINGS), *_PLACE)
 
 
 def is_saved(entry: Entry) -> bool:
@@ -30,26 +32,39 @@ def is_saved(entry: Entry) -> bool:
     return entry.get("poetx_live") == 0
 
 
-def tag(factor: OrthogonalFactor, entry: Entry) -> None:
-    """Keep beside a live entry what a copy of it needs to go on: the optimizer may be deep-copied or saved in pieces."""
+def is_current(factor: OrthogonalFactor, entry: Entry) -> bool:
+    """Whether a live entry was made with the permutations that the factor has now."""
+    return bool(entry["poetx_moments"] == factor.epoch)
+
+
+def tag(factor: OrthogonalFactor, entry: Entry, moments: int) -> None:
+    """Keep beside a live entry what a copy of it needs to go on: the optimizer may be deep-copied or saved in pieces.
+
+    Args:
+        moments: the number of the draw of permutations to which the entry belongs.
+    """
     if not entry:
         return  # an optimizer takes an empty entry for a first step
-    entry.update(_facts(factor), poetx_live=1)
+    entry.update(_facts(factor), poetx_moments=moments, poetx_live=1)
     if factor.residual is not None:
         entry["poetx_residual"] = factor.residual
     for name, value in list(entry.items()):
-        if _must_be_bytes(name, value, factor):
+        if _must_be_bytes(name, value, factor.weight):
             entry[_CODE + name] = _code(value)
 
 
 def encode(optimizer: Optimizer, state_dict: Entry) -> Entry:
     """``state_dict`` post-hook: make the entries of converted weights survive ``load_state_dict``."""
+    entries = state_dict["state"]
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"]):
         for parameter, index in zip(group["params"], saved["params"]):
-            factor = factors.of_weight(parameter)
-            entry = state_dict["state"].get(index, {})
-            if factor is not None and not is_saved(entry):
-                state_dict["state"][index] = _encoded(factor, entry)
+            factor = factors.of_weight(parameter) or factors.of_skew(parameter)
+            entry = entries.get(index, {})
+            if factor is not None and (entry.get("poetx_live") == 1 or (not entry and factor.steps)):
+                factor.check_residual()
+                entries[index] = _encoded(factor.weight, entry | _facts(factor), factor.residual)
+            elif factor is None and entry.get("poetx_live") == 1:  # a deep copy whose model did not run yet
+                entries[index] = _encoded(parameter, entry, entry.get("poetx_residual"))
     return state_dict
 
 
@@ -81,21 +96,20 @@ def adopt(optimizer: Optimizer) -> bool:
 
 
 def _facts(factor: OrthogonalFactor) -> Entry:
-    settings = {_PREFIX + name: getattr(factor.config, name) for name in _SETTINGS}
-    return settings | {"poetx_key": factor.key, "poetx_epoch": factor.epoch, "poetx_steps": factor.steps}
+    settings = [getattr(factor.config, name) for name in _SETTINGS]
+    return dict(zip(_FACTS, [*settings, factor.key, factor.epoch, factor.steps]))
 
 
-def _encoded(factor: OrthogonalFactor, entry: Entry) -> Entry:
-    saved = {name: value for name, value in entry.items() if not name.startswith(_PREFIX)}
+def _encoded(weight: Tensor, entry: Entry, residual: Tensor | None) -> Entry:
+    saved = {name: value for name, value in entry.items() if not torch.is_tensor(value) or not name.startswith(_PREFIX)}
     for name, value in list(saved.items()):
-        if _must_be_bytes(name, value, factor):
+        if _must_be_bytes(name, value, weight):
             saved[name] = _bytes(value)
             saved[_CODE + name] = _code(value)
-    saved.update(_facts(factor), poetx_live=0)
-    if factor.residual is not None:
-        factor.check_residual()
-        saved["poetx_residual"] = _bytes(factor.residual)
-        saved["poetx_fingerprint"] = fingerprint(factor.weight)
+    saved["poetx_live"] = 0
+    if residual is not None:
+        saved["poetx_residual"] = _bytes(residual)
+        saved["poetx_fingerprint"] = fingerprint(weight)
     return saved
 
 
@@ -103,12 +117,13 @@ def _decoded(factor: OrthogonalFactor, entry: Entry) -> Entry:
     if "poetx_live" not in entry:
         return ordinary(factor, entry)
     _check_settings(factor, entry)
+    key, epoch, steps = (entry[name] for name in _PLACE)
     residual: Tensor | None = entry.get("poetx_residual")
     if not is_saved(entry):  # this factor's own, or those of a deep copy
-        mine = (factor.key, factor.epoch, factor.steps) == tuple(entry["poetx_" + k] for k in ("key", "epoch", "steps"))
+        mine = (factor.key, factor.epoch, factor.steps) == (key, epoch, steps)
         if not mine or residual is not factor.residual:
-            factor.resume(entry["poetx_key"], entry["poetx_epoch"], entry["poetx_steps"], residual)
-            tag(factor, entry)
+            factor.resume(key, epoch, steps, residual)
+            tag(factor, entry, entry["poetx_moments"])
         return entry
     if residual is not None:
         if factor.residual is None or fingerprint(factor.weight) != entry["poetx_fingerprint"]:
@@ -120,14 +135,14 @@ def _decoded(factor: OrthogonalFactor, entry: Entry) -> Entry:
                 stacklevel=4,
             )
         else:
-            residual = residual.to(torch.uint8).view(torch.int8).view_as(factor.weight)
-    factor.resume(entry["poetx_key"], entry["poetx_epoch"], entry["poetx_steps"], residual)
+            residual = residual.to(torch.uint8).view(torch.int8)
+    factor.resume(key, epoch, steps, residual)
     live = {}
     for name, value in entry.items():
         if not name.startswith(_PREFIX):
             code = entry.get(_CODE + name)
             live[name] = value if code is None else _from_bytes(value, code)
-    tag(factor, live)
+    tag(factor, live, entry.get("poetx_moments", epoch))
     return live
 
 
@@ -171,10 +186,10 @@ def fingerprint(weight: Tensor) -> int:
     return int((bits * places).sum(dtype=torch.int64))
 
 
-def _must_be_bytes(name: str, value: Any, factor: OrthogonalFactor) -> bool:
+def _must_be_bytes(name: str, value: Any, weight: Tensor) -> bool:
     if not torch.is_tensor(value) or name == "step" or name.startswith(_PREFIX):
         return False
-    return value.dtype in _DTYPES and value.dtype != factor.weight.dtype
+    return value.dtype in _DTYPES and value.dtype != weight.dtype
 
 
 def _code(value: Tensor) -> int:
@@ -183,9 +198,10 @@ def _code(value: Tensor) -> int:
 
 
 def _bytes(value: Tensor) -> Tensor:
-    return value.detach().contiguous().flatten().view(torch.uint8)
+    value = value.detach().contiguous()
+    return (value if value.ndim else value[None]).view(torch.uint8)
 
 
 def _from_bytes(value: Tensor, code: int) -> Tensor:
-    flat = value.to(torch.uint8).view(_DTYPES[code % len(_DTYPES)])
-    return flat.reshape(()).clone() if code >= len(_DTYPES) else flat.clone()
+    tensor = value.to(torch.uint8).view(_DTYPES[code % len(_DTYPES)]).clone()
+    return tensor.reshape(()) if code >= len(_DTYPES) else tensor

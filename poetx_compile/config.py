@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ._torch import inductor_mode_options, inductor_option_names
+from ._torch import inductor_modes, inductor_option_names, inductor_option_type
 from .errors import PoetxError
 
 ROUTES = ("auto", "gram", "dense")
@@ -69,18 +69,21 @@ class PoetxConfig:
 
     @staticmethod
     def _names(name: str, value: Any) -> tuple[str, ...]:
-        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+        names = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (None,)
+        if not all(isinstance(item, str) for item in names):
             raise PoetxError(f"poetx: option {name!r} must be a list of names, not {value!r}")
-        return tuple(value)
+        return names
 
     def _check_numbers(self) -> None:
         if self.chunk < 1:
             raise PoetxError(f"poetx: option 'chunk' must be at least 1, not {self.chunk}")
         if self.block_size < 2 or self.block_size % self.chunk:
-            down = max(self.block_size // self.chunk, 1) * self.chunk
+            least = max(self.chunk, 2)
+            down = self.block_size // self.chunk * self.chunk
+            nearest = f"the nearest are {down} and {down + self.chunk}" if down >= least else f"the nearest is {least}"
             raise PoetxError(
                 f"poetx: block_size {self.block_size} is impossible: it must be a multiple of chunk ({self.chunk}) and at "
-                f"least 2; the nearest are {max(down, 2)} and {down + self.chunk}, or set chunk=1"
+                f"least 2; {nearest}" + (", or set chunk=1" if self.chunk > 1 else "")
             )
         if not 0 < self.scale < float("inf"):
             raise PoetxError(f"poetx: option 'scale' must be positive and finite, not {self.scale}")
@@ -92,19 +95,25 @@ def split_options(options: Mapping[str, Any] | None, mode: str | None) -> tuple[
     """Part ``torch.compile``'s ``options`` and ``mode`` into our settings and Inductor's.
 
     Raises:
-        PoetxError: an option that neither knows; the message names the closest match.
+        PoetxError: an option or a mode that neither knows, with the closest match or the choices; a value of the wrong type.
     """
     ours = {field.name for field in dataclasses.fields(PoetxConfig)}
     inductors = inductor_option_names()
-    patches: dict[str, Any] = inductor_mode_options(mode) if mode else {}
+    modes = inductor_modes()
+    if mode and mode not in modes:
+        raise PoetxError(f"poetx: unknown mode {mode!r}; torch.compile knows {', '.join(modes)}")
+    patches = dict(modes[mode]) if mode else {}
     settings: dict[str, Any] = {}
     for name, value in (options or {}).items():
         if name in ours:
             settings[name] = value
-        elif name.replace("-", "_") in inductors:
-            patches[name.replace("-", "_")] = value
+        elif (option := str(name).replace("-", "_")) in inductors:
+            expected = inductor_option_type(option)
+            if expected and not isinstance(value, expected):
+                raise PoetxError(f"poetx: Inductor's option {name!r} must be {expected.__name__}, not {value!r}")
+            patches[option] = value
         else:
-            close = difflib.get_close_matches(name, sorted(ours | inductors), n=1)
+            close = difflib.get_close_matches(str(name), sorted(ours | inductors), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; poetx knows {', '.join(sorted(ours))}"
             raise PoetxError(f"poetx: unknown option {name!r}{hint}")
     return PoetxConfig(**settings), patches

@@ -15,7 +15,15 @@ from .factor import OrthogonalFactor, factors
 from .passes import Skip, SkipReason, unfit
 
 _skipped: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_BINDING = {SkipReason.EMBEDDING, SkipReason.TIED, SkipReason.NOT_A_LINEAR}
+_BINDING = {
+    SkipReason.EMBEDDING,
+    SkipReason.TIED,
+    SkipReason.NOT_A_LINEAR,
+    SkipReason.NO_INPUT,
+    SkipReason.HEAD,
+    SkipReason.GRADIENT_HOOK,
+    SkipReason.ZERO,
+}
 _OF_LAYOUT = ("block_size", "chunk", "scale", "seed")
 
 
@@ -58,6 +66,7 @@ def adopt_late(weight: nn.Parameter, name: str, config: PoetxConfig) -> Orthogon
 
 def release(weight: nn.Parameter) -> OrthogonalFactor | None:
     """Make a weight ordinary again. Its values stay; its gradient, if it was a rotation's, goes."""
+    _skipped.pop(weight, None)
     factor = factors.of_weight(weight)
     if factor is not None:
         weight.grad = None
@@ -88,6 +97,10 @@ def skip_reason(weight: nn.Parameter) -> SkipReason | None:
 
 
 def binding_reason(weight: nn.Parameter) -> SkipReason | None:
-    """The part of :func:`skip_reason` that holds in every other graph too: a tied weight is tied everywhere."""
+    """The part of :func:`skip_reason` that holds in every other graph too.
+
+    A weight that has trained as an ordinary one for some steps cannot become a rotation when a new batch size brings a new
+    graph: its optimizer state would be that of a matrix.
+    """
     reason = skip_reason(weight)
     return reason if reason in _BINDING else None

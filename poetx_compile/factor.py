@@ -116,7 +116,7 @@ class OrthogonalFactor:
         rows = next(given) if self.rows.count else None
         columns = next(given) if self.columns.count else None
         weight = self.weight
-        kernels.rotate_(weight.data, self.residual, rows, self.row_channels, columns, self.column_channels)
+        kernels.rotate_(weight.data, self.residual, rows, self.row_channels, columns, self.column_channels, self.columns.run)
         torch.autograd.graph.increment_version(weight)
         self._seen = weight._version
         self.clear()
@@ -166,8 +166,9 @@ class OrthogonalFactor:
         if weight.device == self.q.device and weight.dtype == self._dtype:
             return
         dtype = kernels.master_dtype(weight.dtype)
-        self.q.grad = None if self.q.grad is None else self.q.grad.to(weight.device, dtype)
+        grad, self.q.grad = self.q.grad, None
         self.q.data = self.q.data.to(weight.device, dtype)
+        self.q.grad = None if grad is None else grad.to(weight.device, dtype)
         self.row_channels = self.row_channels.to(weight.device)
         self.column_channels = self.column_channels.to(weight.device)
         if weight.dtype != self._dtype:

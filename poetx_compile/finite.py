@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import defaultdict
 
 import torch
@@ -16,8 +17,8 @@ class FiniteWatch:
     """Looks at each step's ``q``. On a GPU the answer is read one step later, when it has arrived."""
 
     def __init__(self) -> None:
-        self._asked: list[tuple[Tensor, torch.cuda.Event | None, list[str]]] = []
-        self._told: set[str] = set()
+        self._asked: list[tuple[Tensor, torch.cuda.Event | None, list[OrthogonalFactor]]] = []
+        self._told: weakref.WeakSet[OrthogonalFactor] = weakref.WeakSet()
 
     def look(self, stepped: list[OrthogonalFactor]) -> None:
         """Ask about these factors' ``q``, and warn of what earlier answers say."""
@@ -27,34 +28,33 @@ class FiniteWatch:
         with torch.no_grad():
             for device, group in by_device.items():
                 sizes = torch.stack(torch._foreach_norm([factor.q for factor in group]))
-                names = [factor.name for factor in group]
                 if device.type == "cuda":
                     arrived = torch.cuda.Event()
                     answer = sizes.to("cpu", non_blocking=True)
                     arrived.record(torch.cuda.current_stream(device))
-                    self._asked.append((answer, arrived, names))
+                    self._asked.append((answer, arrived, group))
                 else:
-                    self._asked.append((sizes, None, names))
+                    self._asked.append((sizes, None, group))
         self._read()
 
     def _read(self) -> None:
-        waiting: list[tuple[Tensor, torch.cuda.Event | None, list[str]]] = []
-        for answer, arrived, names in self._asked:
+        waiting: list[tuple[Tensor, torch.cuda.Event | None, list[OrthogonalFactor]]] = []
+        for answer, arrived, group in self._asked:
             if arrived is None or arrived.query():
-                self._tell([name for name, size in zip(names, answer.tolist()) if not size < float("inf")])
+                self._tell([factor for factor, size in zip(group, answer.tolist()) if not size < float("inf")])
             else:
-                waiting.append((answer, arrived, names))
+                waiting.append((answer, arrived, group))
         self._asked = waiting
 
-    def _tell(self, bad: list[str]) -> None:
-        fresh = [name for name in bad if name not in self._told]
+    def _tell(self, bad: list[OrthogonalFactor]) -> None:
+        fresh = [factor for factor in bad if factor not in self._told]
         self._told.update(fresh)
         if fresh:
             others = f" and {len(fresh) - 1} more" if len(fresh) > 1 else ""
             warnings.warn(
-                f"poetx: the step of '{fresh[0]}'{others} was NaN or infinite; its weight was left as it was where that happened. "
-                "The optimizer's state may hold such numbers now: resume from a checkpoint with a lower "
-                "learning rate, or clip gradients",
+                f"poetx: the step of '{fresh[0].name}'{others} was NaN or infinite; its weight was left as it was where that "
+                "happened. The optimizer's state may hold such numbers now: resume from a checkpoint with a lower learning rate, "
+                "or clip gradients",
                 PoetxWarning,
                 stacklevel=2,
             )

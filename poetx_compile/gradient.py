@@ -56,10 +56,10 @@ def _write(parameter: nn.Parameter, grad: Tensor | None) -> None:
     factor = factors.of_weight(parameter)
     if factor is None:
         set_own_grad(parameter, grad)
-    elif grad is None or grad.shape == factor.q.shape:
-        factor.q.grad = grad
-    else:
+    elif grad is not None and grad.shape == parameter.shape:
         factor.q.grad = factor.project(grad)
+    else:
+        factor.q.grad = grad
 
 
 def _project(weight: Tensor) -> None:

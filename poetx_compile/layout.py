@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +24,14 @@ class BlockLayout:
 
     @classmethod
     def of(cls, features: int, block_size: int, chunk: int) -> BlockLayout:
-        """The fewest blocks of at most ``block_size`` channels, of equal width, made of whole chunks.
+        """Blocks of equal width, at most ``block_size``, made of whole chunks: they leave as few channels out as possible.
 
         A dimension too short for one chunk, or for a block of two channels, is not rotated (``count`` is 0).
         """
-        count = min(-(-features // block_size), features // chunk)
-        width = chunk * (features // (chunk * count)) if count else 0
+        most = max(1, -(-features // block_size))
+        counts = (most, most - 1) if most > 1 else (most,)
+        shapes = [(count, min(block_size, chunk * (features // (chunk * count)))) for count in counts]
+        count, width = max(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
         return cls(features, count, width, chunk) if width > 1 else cls(features, 0, 0, chunk)
 
     @property
@@ -45,6 +48,11 @@ class BlockLayout:
         """Numbers in the packed upper triangles of all blocks."""
         return self.count * self.skew_per_block
 
+    @property
+    def run(self) -> int:
+        """Channels that are sure to lie side by side, from a multiple of their number on: what a kernel may read at once."""
+        return math.gcd(self.chunk, 16) if self.features % self.chunk == 0 else 1
+
     def channels(self, key: int, side: int, epoch: int) -> Tensor:
         """Draw the channels of all blocks, in block order: int64 ``[rotated]``, on CPU.
 
@@ -59,5 +67,5 @@ class BlockLayout:
 
 
 def permutation_key(seed: int, name: str) -> int:
-    """What stands for (seed, parameter name) in every draw; 63 bits, so that it survives in a checkpoint."""
+    """What stands for (seed, parameter name) in every draw; 56 bits, so that it survives in a checkpoint."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")

@@ -88,14 +88,14 @@ def check_can_step(optimizer: Optimizer, wanted: Iterable[OrthogonalFactor]) -> 
     """Raises:
     PoetxError: this optimizer does not hold one of the weights, or cannot train a rotation.
     """
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    held = {factor: group for factor, group in _slots(optimizer)}
     for factor in wanted:
-        if id(factor.weight) not in held:
+        if factor not in held:
             raise PoetxError(
-                f"poetx: '{factor.name}' was converted, but {type(optimizer).__name__} does not hold it; build the optimizer "
-                "from model.parameters(), or leave the weight out with options={'exclude': [...]}"
+                f"poetx: '{factor.name}' was converted, but {type(optimizer).__name__} does not hold it; build the optimizer from "
+                "model.parameters(), or leave the weight out with options={'exclude': [...]}"
             )
-        _usable_entry(optimizer, factor)
+        _usable_entry(optimizer, held[factor], factor)
 
 
 def _note_loaded(optimizer: Optimizer) -> None:
@@ -141,6 +141,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     moved = [(factor, group) for factor, group in stepped if factor.q.grad is not None or not factor.is_clean]
     _finite.look([factor for factor, _ in moved])
     retract_all((factor, _gain(optimizer, group)) for factor, group in moved)
+    for factor, _ in stepped:
+        checkpoint.tag(factor, optimizer.state.get(factor.weight, {}), factor.epoch)
     _finished.append(optimizer)
     if not _stepping:
         _count()
@@ -150,26 +152,16 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _count() -> None:
     """Count one step for every factor that took part in it, whatever wrappers stepped inside one another."""
     skipped = any(_was_skipped(optimizer) for optimizer in _finished)
-    counted: dict[OrthogonalFactor, bool] = {}
-    for optimizer in _finished:
-        for factor, group in _slots(optimizer):
-            if factor not in counted:
-                counted[factor] = not skipped and factor.count_step()
-                coverage.forget(factor)
-            if counted[factor]:
-                _restart(optimizer, group, factor)
+    epochs: dict[OrthogonalFactor, int] = {}
     for optimizer in _finished:
         for factor, _ in _slots(optimizer):
-            checkpoint.tag(factor, optimizer.state.get(factor.weight, {}))
+            if factor not in epochs:
+                epochs[factor] = factor.epoch
+                coverage.forget(factor)
+                if not skipped:
+                    factor.count_step()
+            checkpoint.tag(factor, optimizer.state.get(factor.weight, {}), epochs[factor])
     _finished.clear()
-
-
-def _restart(optimizer: Optimizer, group: dict[str, Any], factor: OrthogonalFactor) -> None:
-    """Drop what the optimizer knows of a rotation whose blocks changed; step counts too, or Adam's first steps are too long."""
-    entry = optimizer.state.pop(factor.weight, None)
-    if entry and "Adagrad" in _names(optimizer):  # makes its state when it is built, and not again
-        fresh = torch.full_like(factor.q, group["initial_accumulator_value"], requires_grad=False)
-        optimizer.state[factor.weight] = {"step": torch.zeros_like(entry["step"]), "sum": fresh}
 
 
 def _slots(optimizer: Optimizer) -> list[tuple[OrthogonalFactor, dict[str, Any]]]:
@@ -189,13 +181,14 @@ def _enter(optimizer: Optimizer) -> None:
         PoetxError: this optimizer, or its state, cannot train a rotation. Nothing was changed then.
     """
     slots = [
-        (group["params"], index, factor)
+        (group, index, factor)
         for group in optimizer.param_groups
         for index, parameter in enumerate(group["params"])
         if (factor := factors.of_weight(parameter) or factors.of_skew(parameter)) is not None
     ]
-    entries = [_usable_entry(optimizer, factor) for _, _, factor in slots]
-    for (parameters, index, factor), entry in zip(slots, entries):
+    entries = [_usable_entry(optimizer, group, factor) for group, _, factor in slots]
+    for (group, index, factor), entry in zip(slots, entries):
+        parameters = group["params"]
         if parameters[index] is factor.weight:  # a wrapper that shares its groups put q there already
             if not factor.is_clean:
                 factor.clear()
@@ -207,7 +200,7 @@ def _enter(optimizer: Optimizer) -> None:
         _watch_state_dict(optimizer)
 
 
-def _usable_entry(optimizer: Optimizer, factor: OrthogonalFactor) -> checkpoint.Entry | None:
+def _usable_entry(optimizer: Optimizer, group: dict[str, Any], factor: OrthogonalFactor) -> checkpoint.Entry | None:
     for name in _names(optimizer):
         if name in _REFUSED:
             raise PoetxError(
@@ -223,7 +216,21 @@ def _usable_entry(optimizer: Optimizer, factor: OrthogonalFactor) -> checkpoint.
             f"poetx: the state of {type(optimizer).__name__} was loaded after this step's forward, so its gradients belong "
             "to other permutations; load the optimizer's state before the forward pass"
         )
-    return entry if "poetx_live" in entry else checkpoint.ordinary(factor, entry)
+    if "poetx_live" not in entry:
+        return checkpoint.ordinary(factor, entry)
+    return entry if checkpoint.is_current(factor, entry) else _fresh_entry(optimizer, group, factor, entry)
+
+
+def _fresh_entry(
+    optimizer: Optimizer, group: dict[str, Any], factor: OrthogonalFactor, entry: checkpoint.Entry
+) -> checkpoint.Entry | None:
+    """What an optimizer starts from where new blocks were drawn: step count and all, or Adam's first steps would be too long."""
+    if "Adagrad" not in _names(optimizer):
+        return None  # others make their state at the first step
+    return {
+        "step": torch.zeros_like(entry["step"]),
+        "sum": torch.full_like(factor.q, group["initial_accumulator_value"], requires_grad=False),
+    }
 
 
 def _leave(optimizer: Optimizer) -> list[tuple[OrthogonalFactor, dict[str, Any]]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from typing import Any
 
-from poetx_compile.factor import OrthogonalFactor
+import torch
+from torch import Tensor, nn
+
+from poetx_compile.factor import OrthogonalFactor, factors
 from poetx_compile.layout import BlockLayout
 
 
@@ -32,3 +35,16 @@ def explicit_weight(factor: OrthogonalFactor, weight: Tensor, q: Tensor) -> Tens
     left = orthogonal(rows, factor.rows, factor.row_channels, factor.config.scale)
     right = orthogonal(columns, factor.columns, factor.column_channels, factor.config.scale)
     return left @ weight @ right
+
+
+def rotation_gradients(model: nn.Module, loss: Callable[[Callable[..., Any]], Tensor]) -> dict[str, Tensor]:
+    """The gradient of every converted weight's ``q``, by autograd through :func:`explicit_weight`.
+
+    Args:
+        loss: of a callable that stands for the model.
+    """
+    found = {name: factor for name, weight in model.named_parameters() if (factor := factors.of_weight(weight)) is not None}
+    skews = {name: torch.zeros_like(factor.q, requires_grad=True) for name, factor in found.items()}
+    weights = {name: explicit_weight(factor, factor.weight.detach(), skews[name]) for name, factor in found.items()}
+    value = loss(lambda *args: torch.func.functional_call(model, weights, args))
+    return dict(zip(skews, torch.autograd.grad(value, list(skews.values()))))

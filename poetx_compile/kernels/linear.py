@@ -22,7 +22,8 @@ LINEAR_VERSION = 1
 
 library.define(
     "linear(Tensor input, Tensor weight, Tensor? bias, Tensor q, Tensor row_channels, Tensor column_channels,"
-    " int row_width, int column_width, float scale, bool transposed, int version) -> Tensor"
+    " int row_width, int column_width, float scale, bool transposed, int version, int row_run=1,"
+    " int column_run=1) -> Tensor"
 )
 
 
@@ -37,12 +38,13 @@ class _RotatedLinear(torch.autograd.Function):
         row_channels: Tensor,
         column_channels: Tensor,
         widths: tuple[int, int],
+        runs: tuple[int, int],
         scale: float,
         transposed: bool,
     ) -> Tensor:
         y = _apply(x, weight, bias, transposed)
         ctx.save_for_backward(x, weight, bias, y, row_channels, column_channels)
-        ctx.widths, ctx.scale, ctx.transposed = widths, scale, transposed
+        ctx.widths, ctx.runs, ctx.scale, ctx.transposed = widths, runs, scale, transposed
         return y
 
     @staticmethod
@@ -53,30 +55,27 @@ class _RotatedLinear(torch.autograd.Function):
         x2, dx2 = (tensor.reshape(-1, x.shape[-1]) for tensor in (x, dx))  # [N, inputs]
         y2, g2 = (tensor.reshape(-1, y.shape[-1]) for tensor in (y, g))  # [N, outputs]
 
-        outputs, inputs = (column_channels, row_channels) if ctx.transposed else (row_channels, column_channels)
-        row_width, column_width = ctx.widths
-        output_width, input_width = (column_width, row_width) if ctx.transposed else ctx.widths
-
+        sides = list(zip((row_channels, column_channels), ctx.widths, ctx.runs))
+        outputs, inputs = reversed(sides) if ctx.transposed else sides
         dbias = None
         skews = []
         if bias is not None:
             dbias = g2.sum(0, dtype=master_dtype(g.dtype))
-        if output_width:
-            skew = block_gram(g2, y2, outputs, output_width)
+        if outputs[1]:
+            skew = block_gram(g2, y2, *outputs)
             if dbias is not None:  # y holds the bias: Σ g yᵀ − (Σ g) cᵀ is the sum without it
-                skew = skew - block_gram(dbias[None], bias[None].to(dbias.dtype), outputs, output_width)
+                skew = skew - block_gram(dbias[None], bias[None].to(dbias.dtype), *outputs)
             skews.append(skew)
-        if input_width:
-            skews.append(block_gram(dx2, x2, inputs, input_width))
+        if inputs[1]:
+            skews.append(block_gram(dx2, x2, *inputs))
         if ctx.transposed:  # dW is the transpose of the other convention's: so is every outer product
             skews = [-skew for skew in reversed(skews)]
-        dq = torch.cat(skews) * (2 * ctx.scale)
         return (
             dx if ctx.needs_input_grad[0] else None,
             None,
             dbias.to(bias.dtype) if dbias is not None else None,
-            dq,
-            *(None,) * 5,
+            torch.cat(skews) * (2 * ctx.scale),
+            *(None,) * 6,
         )
 
 
@@ -100,6 +99,8 @@ def _linear(
     scale: float,
     transposed: bool,
     version: int,
+    row_run: int = 1,
+    column_run: int = 1,
 ) -> Tensor:
     """``x Wᵀ + c``, or ``x W + c`` where ``transposed``, with gradients for ``x``, ``c`` and ``q``, and none for ``W``.
 
@@ -113,6 +114,7 @@ def _linear(
         scale: ``s``.
         transposed: whether ``weight`` is stored ``[inputs, outputs]``.
         version: :data:`LINEAR_VERSION`.
+        row_run, column_run: channels that lie side by side, as :attr:`BlockLayout.run` says.
 
     Returns:
         ``[..., outputs]``, of the dtype that ``F.linear`` gives, autocast included.
@@ -125,7 +127,16 @@ def _linear(
         bias = bias if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
         return _RotatedLinear.apply(
-            input, weight, bias, q, row_channels, column_channels, (row_width, column_width), scale, transposed
+            input,
+            weight,
+            bias,
+            q,
+            row_channels,
+            column_channels,
+            (row_width, column_width),
+            (row_run, column_run),
+            scale,
+            transposed,
         )
 
 

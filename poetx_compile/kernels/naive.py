@@ -16,7 +16,7 @@ from .precision import full_precision
 from .residual import decode, encode_, master_dtype
 
 _DOUBLINGS = 5
-_LARGEST_SQUARE = 4.0
+LARGEST_SQUARE = 3.0
 
 
 @functools.lru_cache(maxsize=64)
@@ -50,7 +50,7 @@ def block_gram(left: Tensor, right: Tensor, channels: Tensor, width: int) -> Ten
         ``[r · width(width−1)/2]``, accumulated in float32, or in float64 for float64 inputs.
     """
     dtype = master_dtype(left.dtype)
-    blocks = (tensor[:, channels].unflatten(1, (-1, width)) for tensor in (left, right))
+    blocks = (tensor.index_select(1, channels).unflatten(1, (-1, width)) for tensor in (left, right))
     a, b = (tensor.permute(1, 0, 2) for tensor in blocks)  # [r, N, width]
     with torch.autocast(left.device.type, enabled=False):
         if left.is_cuda and left.dtype != dtype:
@@ -63,8 +63,8 @@ def cayley_neumann(skew: Tensor, width: int, scale: float) -> Tensor:
 
     With ``B = −Ω²``, symmetric and positive, ``E = 2(Ω − B)(I + B)⁻¹``. float64 solves this; other dtypes sum the Neumann
     series of ``I + B`` about the middle of its spectrum, in five doublings, so that it converges for every ``Ω``.
-    ``G`` is orthogonal to float32 rounding; rotations by more than about 125 degrees in one step are shortened to that, and
-    a block with a non-finite number is not rotated.
+    ``G`` is orthogonal to float32 rounding. Rotations by more than 120 degrees in one step are shortened to that, in wide
+    blocks somewhat earlier, and a block with a non-finite number is not rotated.
 
     Args:
         skew: packed ``[r · width(width−1)/2]``, float32 or float64.
@@ -78,10 +78,11 @@ def cayley_neumann(skew: Tensor, width: int, scale: float) -> Tensor:
         square = omega.mT @ omega
         bound = square.abs().sum(-1).amax(-1)[:, None, None]  # ≥ the largest eigenvalue of B
         finite = bound.isfinite()
-        shorten = (_LARGEST_SQUARE / bound).clamp(max=1).where(finite, 0)
+        shorten = (LARGEST_SQUARE / bound).clamp(max=1).where(finite, 0)
         omega, square = omega.nan_to_num() * shorten.sqrt(), square.nan_to_num() * shorten
         if omega.dtype == torch.float64:
-            return 2 * torch.linalg.solve(eye + square, omega - square)
+            factor, _ = torch.linalg.cholesky_ex(eye + square)  # not LU: pytorch/pytorch#142815
+            return 2 * torch.cholesky_solve(omega - square, factor).contiguous()
         middle = 1 + (bound * shorten).nan_to_num() / 2
         remainder = eye - (eye + square) / middle
         inverse = eye + remainder

@@ -33,4 +33,6 @@ def full_precision(device: torch.device) -> Iterator[None]:
         if legacy:
             torch.set_float32_matmul_precision(legacy)
         for backend, precision in zip(backends, chosen):
-            backend.fp32_precision = precision
+            backend.fp32_precision = "none"  # as before where it follows a wider setting
+            if backend.fp32_precision != precision:
+                backend.fp32_precision = precision

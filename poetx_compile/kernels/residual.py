@@ -17,32 +17,36 @@ def master_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def decode(weight: Tensor, residual: Tensor | None) -> Tensor:
-    """``weight`` with what its rounding lost, as a new tensor of :func:`master_dtype`. Non-finite weights stay so."""
+    """``weight`` with what its rounding lost, as a new tensor of :func:`master_dtype`.
+
+    Zeros and non-finite weights stay so, whatever the residual says.
+    """
     if residual is None:
         return weight.to(master_dtype(weight.dtype), copy=True)
     high = weight.float()
+    has_residual = high.isfinite() & (high != 0)
     if weight.dtype == torch.float16:
-        return torch.where(high.isfinite(), high + residual * (_float16_ulp(high) / 256), high)
-    low = residual.to(torch.int32)
-    low = torch.where(((high == 0) & (low < 0)) | ~high.isfinite(), 0, low)
+        return torch.where(has_residual, high + residual * (_float16_ulp(high) / 256), high)
+    low = torch.where(has_residual, residual.to(torch.int32), 0)
     return (high.view(torch.int32) + (low << 8)).view(torch.float32)
 
 
 def encode_(weight: Tensor, residual: Tensor | None, master: Tensor) -> None:
     """Round ``master`` into ``weight``, and what that loses into ``residual``, both in place.
 
-    bfloat16 and residual are the upper 24 bits of the float32: relative error at most 2⁻¹⁶, ties away from zero.
-    float16 counts the residual in 1/256 of the weight's last place.
+    bfloat16 and residual are the upper 24 bits of the float32, ties to even (away from zero they would lengthen the weight
+    with every fold): relative error at most 2⁻¹⁶. float16 counts the residual in 1/256 of the weight's last place.
     """
     if residual is None:
         weight.copy_(master)
     elif weight.dtype == torch.float16:
         weight.copy_(master)
         high = weight.float()
-        steps = ((master - high) * (256 / _float16_ulp(high))).round().clamp(-128, 127)
+        steps = ((master - high) * (256 / _float16_ulp(high))).round().clamp(-127, 127)
         residual.copy_(torch.where(high.isfinite(), steps, 0))
     else:
-        upper = (master.view(torch.int32) + 0x80) >> 8
+        bits = master.view(torch.int32)
+        upper = (bits + 0x7F + ((bits >> 8) & 1)) >> 8
         high_bits = (upper + 0x80) >> 8
         residual.copy_(upper - (high_bits << 8))
         weight.copy_(torch.where(master.isnan(), master, (high_bits << 16).view(torch.float32)))

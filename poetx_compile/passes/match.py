@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .._torch import gradient_hooks, source_name
+from .._torch import functorch_nodes, gradient_hooks, source_name
 from ..config import PoetxConfig
 from ..factor import factors, layouts
-from .normalize import ADDMM, LINEAR, MATMUL
+from .normalize import ADDMM, LINEAR, MATMUL, is_bias
 from .uses import Use, UseGraph
 
 
@@ -76,6 +76,8 @@ def match(
     parameters = {node: value for node, value in inputs.items() if isinstance(value, nn.Parameter)}
     uses = {node: list(graph.uses(node)) for node, weight in parameters.items() if weight.ndim == 2}
     linears = {use.node for found in uses.values() for use in found if use.is_product}
+    linears |= {node for node in gm.graph.nodes if node.target is LINEAR}
+    transformed = functorch_nodes(gm)
     matches, skips = [], []
     for index, (node, value) in enumerate(inputs.items()):
         if node not in parameters:
@@ -85,7 +87,7 @@ def match(
         if reason is not None:
             skips.append(Skip(index, value, name, reason))
         else:
-            matches.append(LinearMatch(node, index, value, name, _canonical(node, uses[node])))
+            matches.append(LinearMatch(node, index, value, name, _canonical(uses[node], transformed)))
     return matches, skips
 
 
@@ -125,10 +127,20 @@ def unfit(weight: nn.Parameter) -> SkipReason | None:
     return None if bool(weight.detach().any()) else SkipReason.ZERO
 
 
-def _canonical(parameter: fx.Node, uses: list[Use]) -> tuple[fx.Node, ...]:
-    places: dict[Any, int] = {LINEAR: 1, MATMUL: 1, ADDMM: 2}
-    direct = all(use.direct and places.get(use.node.target) == use.operand for use in uses)
-    return tuple(use.node for use in uses) if direct else ()
+def _canonical(uses: list[Use], transformed: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """The nodes of all uses if each is a product that the rotated op can stand for, else nothing."""
+    canonical = all(use.direct and use.node not in transformed and _is_canonical(use.node, use.operand) for use in uses)
+    return tuple(use.node for use in uses) if canonical else ()
+
+
+def _is_canonical(node: fx.Node, operand: int | str) -> bool:
+    if node.target is MATMUL:
+        return operand == 1
+    if node.target is ADDMM:
+        return operand == 2 and is_bias(node.args[0], node)
+    if node.target is LINEAR:
+        return operand == 1 and (len(node.args) < 3 or node.args[2] is None or is_bias(node.args[2], node))
+    return False
 
 
 def parameter_name(source: str) -> str:

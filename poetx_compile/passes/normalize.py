@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .uses import TRANSPOSED
+
 LINEAR = torch._C._nn.linear
 MATMUL = torch.matmul
 ADDMM = torch.addmm
 
-_PRODUCTS = {torch.matmul, torch.mm, operator.matmul, "matmul", "mm", "__matmul__", "__rmatmul__"}
+_PRODUCTS = {torch.matmul, torch.linalg.matmul, torch.mm, operator.matmul, "matmul", "mm", "__matmul__", "__rmatmul__"}
 
 
 def normalize(gm: fx.GraphModule, inputs: dict[fx.Node, Any]) -> fx.GraphModule:
@@ -32,12 +34,13 @@ def normalize(gm: fx.GraphModule, inputs: dict[fx.Node, Any]) -> fx.GraphModule:
         if canonical is None:
             continue
         target, arguments = canonical
+        sources = node.all_input_nodes
         with gm.graph.inserting_before(node):
             new = gm.graph.call_function(target, arguments)
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
-        for source in node.all_input_nodes:
+        for source in sources:
             if not source.users and _is_transpose(source):
                 gm.graph.erase_node(source)
     return gm
@@ -55,7 +58,7 @@ def _canonical(node: fx.Node, weights: set[fx.Node]) -> tuple[Any, tuple[Any, ..
             x, right = right, x
         if node.target in (torch.mm, "mm") and "mat2" in node.kwargs:
             right = node.kwargs["mat2"]
-        if not isinstance(x, fx.Node) or not isinstance(right, fx.Node) or "out" in node.kwargs:
+        if not isinstance(x, fx.Node) or not isinstance(right, fx.Node) or x in weights or "out" in node.kwargs:
             return None
         if right in weights:
             return (MATMUL, (x, right)) if node.target is not MATMUL or node.kwargs else None
@@ -63,7 +66,7 @@ def _canonical(node: fx.Node, weights: set[fx.Node]) -> tuple[Any, tuple[Any, ..
         return None if weight is None else (LINEAR, (x, weight, None))
     if node.target in (torch.addmm, "addmm"):
         bias, x, right = _bind(node, ("input", "mat1", "mat2"))
-        if set(node.kwargs) - {"input", "mat1", "mat2"} or not _is_vector(bias):
+        if set(node.kwargs) - {"input", "mat1", "mat2"} or x in weights or not is_bias(bias, node):
             return None
         if right in weights:
             return (ADDMM, (bias, x, right)) if node.target is not ADDMM or node.kwargs else None
@@ -89,10 +92,10 @@ def _is_transpose(node: fx.Node) -> bool:
         return False
     arguments = node.args[1:]
     if node.target is getattr:
-        return arguments[0] in ("T", "mT")
+        return arguments[0] in TRANSPOSED
     if node.target in ("t", torch.t, "adjoint"):
         return not arguments
-    if node.target in ("transpose", torch.transpose, "swapaxes", torch.swapaxes):
+    if node.target in ("transpose", torch.transpose, "swapaxes", torch.swapaxes, "swapdims", torch.swapdims):
         return sorted(_dimension(d) for d in arguments) == [0, 1] and not node.kwargs
     if node.target in ("permute", torch.permute):
         order: Any = arguments[0] if len(arguments) == 1 else arguments
@@ -104,6 +107,7 @@ def _dimension(index: Any) -> int:
     return index % 2 if isinstance(index, int) and -2 <= index < 2 else -1
 
 
-def _is_vector(node: Any) -> bool:
-    example = node.meta.get("example_value") if isinstance(node, fx.Node) else None
-    return isinstance(example, torch.Tensor) and example.ndim == 1
+def is_bias(node: Any, product: fx.Node) -> bool:
+    """Whether a node holds one number for each output feature of a product: no broadcasting."""
+    shapes = [getattr(of.meta.get("example_value"), "shape", ()) for of in (node, product) if isinstance(of, fx.Node)]
+    return len(shapes) == 2 and len(shapes[0]) == 1 and shapes[0] == shapes[1][-1:]

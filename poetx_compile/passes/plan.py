@@ -36,5 +36,3 @@ def _tokens(use: fx.Node) -> int:
     for size in shape[:-1]:
         rows *= size if isinstance(size, int) else size.node.hint or 1
     return rows
-
-

@@ -41,8 +41,9 @@ def _replace(gm: fx.GraphModule, use: fx.Node, weight: fx.Node, nodes: list[fx.N
         bias = use.args[2]
     widths = (factor.rows.width, factor.columns.width)
     settings = (*widths, factor.config.scale, use.target is not LINEAR, LINEAR_VERSION)
+    runs = (factor.rows.run, factor.columns.run)
     with gm.graph.inserting_before(use):
-        new = gm.graph.call_function(rotated_linear, (x, weight, bias, *nodes, *settings))
+        new = gm.graph.call_function(rotated_linear, (x, weight, bias, *nodes, *settings, *runs))
     new.meta = dict(use.meta)
     use.replace_all_uses_with(new)
     gm.graph.erase_node(use)

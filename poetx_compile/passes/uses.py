@@ -13,27 +13,63 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 VIEWS = {
-    *("t", "transpose", "permute", "swapaxes", "view", "reshape", "contiguous", "flatten", "unflatten", "unsqueeze", "squeeze"),
-    *("expand", "chunk", "split", "unbind", "narrow", "select", "clone", "to", "type", "type_as", "float", "half", "bfloat16"),
-    *("double", "view_as", "adjoint"),
+    *(
+        "t",
+        "transpose",
+        "permute",
+        "swapaxes",
+        "view",
+        "reshape",
+        "contiguous",
+        "flatten",
+        "unflatten",
+        "unsqueeze",
+        "squeeze",
+    ),
+    *(
+        "expand",
+        "chunk",
+        "split",
+        "unbind",
+        "narrow",
+        "select",
+        "clone",
+        "to",
+        "type",
+        "type_as",
+        "float",
+        "half",
+        "bfloat16",
+    ),
+    *("double", "view_as", "reshape_as", "expand_as", "adjoint", "swapdims"),
     *(torch.t, torch.transpose, torch.permute, torch.swapaxes, torch.reshape, torch.flatten, torch.unsqueeze, torch.squeeze),
     *(torch.chunk, torch.split, torch.unbind, torch.narrow, torch.select, torch.clone, torch.cat, torch.concat, torch.stack),
     *(torch.unflatten, operator.getitem),
 }
 """Ops that hand on a weight's values, in another shape, order or dtype."""
 
+TRANSPOSED = ("T", "mT", "H", "mH")
+"""Attributes that are the transpose of a real matrix."""
+
 EMBEDDINGS = {F.embedding, torch.embedding, F.embedding_bag, torch.embedding_bag, "index_select", torch.index_select}
 LOSSES = {F.cross_entropy, torch._C._nn.cross_entropy_loss, F.nll_loss, torch._C._nn.nll_loss_nd}
 
-_PRODUCTS: dict[Any, tuple[int, ...]] = {
-    torch._C._nn.linear: (1,),
-    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul", "mm", "bmm", "__matmul__"), (0, 1)),
-    **dict.fromkeys((torch.addmm, torch.baddbmm, torch.addbmm, "addmm", "baddbmm", "addbmm"), (1, 2)),
+_PRODUCTS: dict[Any, tuple[int | str, ...]] = {
+    torch._C._nn.linear: (1, "weight"),
+    **dict.fromkeys(
+        (torch.matmul, torch.linalg.matmul, torch.mm, torch.bmm, operator.matmul), (0, 1, "input", "other", "mat2")
+    ),
+    **dict.fromkeys(("matmul", "mm", "bmm", "__matmul__"), (0, 1, "other", "mat2")),
+    **dict.fromkeys((torch.addmm, torch.baddbmm, torch.addbmm), (1, 2, "mat1", "mat2", "batch1", "batch2")),
+    **dict.fromkeys(("addmm", "baddbmm", "addbmm"), (1, 2, "mat1", "mat2", "batch1", "batch2")),
     **dict.fromkeys((torch.mv, "mv", torch.tensordot, torch.bilinear), (0, 1)),
     **dict.fromkeys((torch.einsum, torch.functional.einsum), tuple(range(1, 8))),
-    F.multi_head_attention_forward: tuple(range(5, 40)),
+    F.multi_head_attention_forward: (5, 11, *(f"{of}_proj_weight" for of in ("in", "out", "q", "k", "v"))),
 }
-"""Products, and the places in their flattened inputs where a weight may stand."""
+"""Products, and where among their operands a weight may stand."""
+
+_LIKE = {"to", "type_as", "view_as", "reshape_as", "expand_as"}
+"""Methods that read nothing but the shape or the dtype of their second operand."""
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
@@ -43,7 +79,7 @@ class Use:
     """One place where a weight, or a view of it, meets something else."""
 
     node: fx.Node
-    operand: int
+    operand: int | str
     direct: bool
 
     @property
@@ -58,14 +94,16 @@ class Use:
 class UseGraph:
     """Data flow as a networkx digraph over fx nodes, the subgraphs of higher-order ops included.
 
-    Edges carry ``operand``: the place of the producer among the consumer's flattened inputs.
+    Edges carry ``operand``: the place of the producer among the consumer's positional inputs, or its keyword.
     """
 
     def __init__(self, gm: fx.GraphModule, inputs: dict[fx.Node, Any]) -> None:
         self.graph: nx.MultiDiGraph[fx.Node] = nx.MultiDiGraph()
         self._add(gm)
         parameters = {node for node, value in inputs.items() if isinstance(value, nn.Parameter)}
-        sources = [node for node in gm.graph.nodes if not node.all_input_nodes and node.op in ("placeholder", "call_function")]
+        sources = [
+            node for node in gm.graph.nodes if not node.all_input_nodes and node.op in ("placeholder", "call_function")
+        ]
         self._data: set[fx.Node] = set()
         for source in sources:
             if source not in parameters and source not in self._data:
@@ -74,9 +112,8 @@ class UseGraph:
     def _add(self, gm: fx.GraphModule) -> None:
         for node in gm.graph.nodes:
             self.graph.add_node(node)
-            for operand, source in enumerate(_flat_inputs(node)):
-                if isinstance(source, fx.Node):
-                    self.graph.add_edge(source, node, operand=operand)
+            for operand, source in _operands(node):
+                self.graph.add_edge(source, node, operand=operand)
             self._add_subgraphs(gm, node)
 
     def _add_subgraphs(self, gm: fx.GraphModule, node: fx.Node) -> None:
@@ -108,7 +145,7 @@ class UseGraph:
     def _passes_on(self, user: fx.Node) -> bool:
         if user.op in ("placeholder", "output"):
             return user.op == "placeholder"
-        return user.target in VIEWS or (user.target is getattr and user.args[1] in ("T", "mT"))
+        return user.target in VIEWS or (user.target is getattr and user.args[1] in TRANSPOSED)
 
     def has_data(self, use: Use) -> bool:
         """Whether a product's other operands come from anything but parameters."""
@@ -128,9 +165,17 @@ class UseGraph:
         return False
 
 
-def _flat_inputs(node: fx.Node) -> list[Any]:
-    """Arguments in order, one level of lists opened, so that an operand's place is a number."""
-    flat: list[Any] = []
-    for argument in (*node.args, *node.kwargs.values()):
-        flat.extend(argument) if isinstance(argument, (list, tuple)) else flat.append(argument)
-    return flat
+def _operands(node: fx.Node) -> Iterator[tuple[int | str, fx.Node]]:
+    """The tensors that a node reads, and where they stand; one level of lists counts as so many operands."""
+    flat = [item for argument in node.args for item in (argument if isinstance(argument, (list, tuple)) else (argument,))]
+    places: list[tuple[int | str, Any]] = [*enumerate(flat), *node.kwargs.items()]
+    for operand, argument in places:
+        if operand == 0 or node.target not in _LIKE:
+            found: list[fx.Node] = []
+            fx.node.map_arg(argument, found.append)
+            yield from ((operand, source) for source in found if not _is_number(source))
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether a node is a symbolic size, which says how large a tensor is and not what stands in it."""
+    return isinstance(node.meta.get("example_value"), (torch.SymInt, torch.SymFloat, torch.SymBool, torch.Size))

@@ -1,0 +1,306 @@
+"""``torch.save`` and ``torch.load`` as every script uses them: training goes on as if it had never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import loss, network, rotating, train, values
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, optim
+from torch.optim import Optimizer
+
+exact = partial(torch.testing.assert_close, rtol=0, atol=0)
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "AdamW": partial(optim.AdamW, lr=0.004, eps=1e-3),
+    "AdamW, fused": partial(optim.AdamW, lr=0.004, eps=1e-3, fused=True),
+    "AdamW, foreach, amsgrad": partial(optim.AdamW, lr=0.004, eps=1e-3, foreach=True, amsgrad=True),
+    "SGD": partial(optim.SGD, lr=0.05),
+    "SGD, momentum": partial(optim.SGD, lr=0.02, momentum=0.9),
+    "Adagrad": partial(optim.Adagrad, lr=0.01, eps=1e-3),
+    "Adafactor": partial(optim.Adafactor, lr=0.004),
+    "RMSprop": partial(optim.RMSprop, lr=0.002, eps=1e-3, momentum=0.5),
+    "Rprop": partial(optim.Rprop, lr=0.002),
+}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LAST = 8
+
+
+class Run:
+    """A training script: what it builds, saves and loads."""
+
+    def __init__(self, kind: str = "AdamW", dtype: torch.dtype = torch.float32, **options: Any) -> None:
+        self.model = network(dtype)
+        self.optimizer = OPTIMIZERS[kind](self.model.parameters())
+        self.options = options
+        self.compiled: Callable[[Tensor], Tensor] = self.model
+
+    def compile(self) -> Run:
+        self.compiled = rotating(self.model, **self.options)
+        return self
+
+    def forward(self) -> None:
+        loss(self.compiled, 77, self.model[0].weight.dtype)
+
+    def train(self, first: int, last: int) -> Run:
+        train(self.compiled, self.optimizer, range(first, last))
+        return self
+
+    def save(self) -> io.BytesIO:
+        file = io.BytesIO()
+        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, file)
+        return file
+
+    def load_model(self, file: io.BytesIO) -> None:
+        self.model.load_state_dict(read(file)["model"])
+
+    def load_optimizer(self, file: io.BytesIO) -> None:
+        self.optimizer.load_state_dict(read(file)["optimizer"])
+
+    def load(self, file: io.BytesIO) -> Run:
+        self.load_model(file)
+        self.load_optimizer(file)
+        return self
+
+
+def read(file: io.BytesIO) -> Any:
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def before_compilation(run: Run, file: io.BytesIO) -> None:
+    run.load(file).compile()
+
+
+def before_the_first_forward(run: Run, file: io.BytesIO) -> None:
+    run.compile().load(file)
+
+
+def optimizer_before_model(run: Run, file: io.BytesIO) -> None:
+    run.compile().load_optimizer(file)
+    run.load_model(file)
+
+
+def after_the_first_forward(run: Run, file: io.BytesIO) -> None:
+    run.compile().forward()
+    run.load(file)
+
+
+def after_some_training(run: Run, file: io.BytesIO) -> None:
+    run.compile().train(50, 53).load(file)
+
+
+def after_some_training_optimizer_first(run: Run, file: io.BytesIO) -> None:
+    run.compile().train(50, 53).load_optimizer(file)
+    run.load_model(file)
+
+
+MOMENTS = [
+    before_compilation,
+    before_the_first_forward,
+    optimizer_before_model,
+    after_the_first_forward,
+    after_some_training,
+    after_some_training_optimizer_first,
+]
+
+
+def state(file: io.BytesIO) -> dict[str, Any]:
+    """What a checkpoint says of the optimizer, flat."""
+    entries = read(file)["optimizer"]["state"].items()
+    return {f"{index}.{name}": value for index, entry in entries for name, value in entry.items() if value is not None}
+
+
+class TestResume:
+    @pytest.mark.parametrize("period", [0, 3])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @settings(max_examples=14)
+    @given(
+        kind=st.sampled_from(list(OPTIMIZERS)),
+        load=st.sampled_from(MOMENTS),
+        saved_at=st.integers(1, 6),
+        saved_again=st.integers(0, 2),
+    )
+    def test_is_exact(
+        self,
+        dtype: str,
+        period: int,
+        kind: str,
+        load: Callable[[Run, io.BytesIO], None],
+        saved_at: int,
+        saved_again: int,
+    ) -> None:
+        make = partial(Run, kind, DTYPES[dtype], permutation_period=period)
+        run = make().compile().train(0, saved_at)
+        file = run.save()
+        for _ in range(saved_again):
+            between = make().compile().load(file)
+            if saved_again == 2:
+                between.forward()
+            file = between.save()
+
+        resumed = make()
+        load(resumed, file)
+        exact(values(resumed.model), values(run.model))
+        run.train(saved_at, LAST)
+        resumed.train(saved_at, LAST)
+        exact(values(resumed.model), values(run.model))
+        exact(state(resumed.save()), state(run.save()))
+
+    def test_in_a_new_process(self, tmp_path: Path) -> None:
+        run = Run(dtype=torch.bfloat16, permutation_period=3).compile().train(0, 4)
+        (tmp_path / "checkpoint.pt").write_bytes(run.save().getvalue())
+        script = """
+            import io, pathlib, sys
+            import torch
+            from test_checkpoint import LAST, Run
+            folder = pathlib.Path(sys.argv[1])
+            run = Run(dtype=torch.bfloat16, permutation_period=3)
+            run.load(io.BytesIO((folder / "checkpoint.pt").read_bytes())).compile().train(4, LAST)
+            (folder / "result.pt").write_bytes(run.save().getvalue())
+        """
+        lines = [line.removeprefix(" " * 12) for line in script.splitlines()]
+        here = Path(__file__).parent
+        done = subprocess.run([sys.executable, "-c", "\\n".join(lines), tmp_path], cwd=here, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        run.train(4, LAST)
+        exact(state(io.BytesIO((tmp_path / "result.pt").read_bytes())), state(run.save()))
+        exact(torch.load(tmp_path / "result.pt")["model"], run.model.state_dict())
+
+    @pytest.mark.parametrize("make", [partial(optim.NAdam, lr=0.004), partial(optim.ASGD, lr=0.02)])
+    def test_keeps_numbers_that_torch_would_round(self, make: Callable[..., Optimizer]) -> None:
+        """Scalars of the state of bfloat16 weights: torch casts those of ordinary parameters."""
+
+        def start() -> tuple[nn.Sequential, Optimizer]:
+            model = network(torch.bfloat16)
+            for parameter in (model[0].bias, *model[3].parameters()):
+                parameter.requires_grad_(False)
+            return model, make([model[0].weight, model[2].weight])
+
+        model, optimizer = start()
+        compiled = rotating(model)
+        train(compiled, optimizer, range(4))
+        checkpoint = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        train(compiled, optimizer, range(4, LAST))
+
+        twin, its_optimizer = start()
+        twin.load_state_dict(checkpoint[0])
+        its_optimizer.load_state_dict(checkpoint[1])
+        train(rotating(twin), its_optimizer, range(4, LAST))
+        exact(values(twin), values(model))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_from_a_deep_copy_that_never_ran(self, dtype: torch.dtype) -> None:
+        run = Run(dtype=dtype, permutation_period=3).compile().train(0, 4)
+        best = Run(dtype=dtype)
+        best.model, best.optimizer = copy.deepcopy((run.model, run.optimizer))
+        resumed = Run(dtype=dtype, permutation_period=3).load(best.save()).compile().train(4, LAST)
+        exact(values(resumed.model), values(run.train(4, LAST).model))
+
+    def test_from_a_checkpoint_saved_before_the_first_step(self) -> None:
+        run = Run().compile()
+        run.forward()
+        resumed = Run().load(run.save()).compile().train(0, 3)
+        exact(values(resumed.model), values(run.train(0, 3).model))
+
+    def test_with_a_weight_that_had_no_gradient_yet(self) -> None:
+        def start() -> Run:
+            run = Run(permutation_period=2)
+            run.model[0].weight.requires_grad_(False)
+            return run.compile()
+
+        def thaw(run: Run) -> Run:
+            run.model[0].weight.requires_grad_(True)
+            return run.train(2, 5)
+
+        run = start().train(0, 2)
+        exact(values(thaw(start().load(run.save())).model), values(thaw(run).model))
+
+    def test_after_a_step_that_raised(self) -> None:
+        run = Run(dtype=torch.bfloat16).compile().train(0, 4)
+        file = run.save()
+        loss(run.compiled, 4, torch.bfloat16).backward()
+        run.optimizer.register_step_pre_hook(interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.optimizer.step()
+        exact(state(run.save()), state(file))
+
+    def test_of_the_model_alone_starts_anew(self) -> None:
+        run = Run(permutation_period=3).compile().train(0, 5)
+        fresh = Run(permutation_period=3).compile()
+        fresh.load_model(run.save())
+        fresh.train(5, LAST)
+        assert factor_of(fresh.model[0].weight).steps == LAST - 5
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+class TestModelStateDict:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_is_that_of_the_plain_model(self, dtype: str) -> None:
+        run = Run(dtype=DTYPES[dtype]).compile().train(0, 4)
+        plain = network(DTYPES[dtype])
+        assert list(run.model.state_dict()) == list(plain.state_dict())
+        plain.load_state_dict(read(run.save())["model"])
+        x = torch.randn(5, 22).to(DTYPES[dtype])
+        exact(plain(x), run.model(x))
+        exact(plain(x), run.compiled(x))
+
+
+class TestRefusals:
+    """What cannot go on exactly does not go on in silence."""
+
+    @pytest.mark.parametrize("name, saved, asked", [("block_size", 8, 16), ("chunk", 2, 4), ("scale", 0.5, 1.0)])
+    @pytest.mark.parametrize("load", [before_compilation, after_the_first_forward])
+    def test_other_blocks(self, name: str, saved: float, asked: float, load: Callable[[Run, io.BytesIO], None]) -> None:
+        file = Run(**{name: saved}).compile().train(0, 2).save()
+        run = Run(**{name: asked})
+        load(run, file)
+        with pytest.raises(Exception, match=rf"'0\.weight' was trained with {name}={saved}.*options={{'{name}': {saved}}}"):
+            run.train(2, 3)
+        assert factor_of(run.model[0].weight).steps == 0
+
+    @pytest.mark.parametrize("kind", ["AdamW", "SGD, momentum", "Adagrad", "Adafactor", "RMSprop"])
+    @pytest.mark.parametrize("load", [before_compilation, before_the_first_forward, after_the_first_forward])
+    def test_the_state_of_ordinary_training(self, kind: str, load: Callable[[Run, io.BytesIO], None]) -> None:
+        file = Run(kind).train(0, 2).save()
+        run = Run(kind)
+        load(run, file)
+        before = values(run.model)
+        with pytest.raises(Exception, match="comes from ordinary training.*Load only the model's state_dict"):
+            run.train(2, 3)
+        exact(values(run.model), before)
+
+    def test_an_optimizer_that_trained_before_the_model_was_compiled(self) -> None:
+        run = Run().train(0, 2)
+        with pytest.raises(Exception, match="comes from ordinary training"):
+            run.compile().train(2, 3)
+
+    def test_state_that_arrives_between_backward_and_step(self) -> None:
+        file = Run(permutation_period=2).compile().train(0, 3).save()
+        run = Run(permutation_period=2).compile()
+        loss(run.compiled, 0, torch.float32).backward()
+        before = values(run.model)
+        run.load_optimizer(file)
+        with pytest.raises(PoetxError, match="loaded after this step's forward.*load the optimizer's state before"):
+            run.optimizer.step()
+        exact(values(run.model), before)
+
+    def test_the_residual_of_another_weight(self) -> None:
+        file = Run(dtype=torch.bfloat16).compile().train(0, 3).save()
+        run = Run(dtype=torch.bfloat16).compile()
+        run.load_optimizer(file)
+        with pytest.warns(PoetxWarning, match=r"'\d\.weight' is not the weight .* Load the model's state_dict"):
+            run.forward()
+        assert not factor_of(run.model[0].weight).residual.any()

@@ -1,0 +1,177 @@
+"""Settings: what is accepted, and what a user is told otherwise."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+from poetx_compile import PoetxConfig
+from poetx_compile.config import HEADS, INNER, ROUTES, split_options
+from poetx_compile.errors import PoetxError
+
+WRONG = [
+    ("block_size", 256.0, "'block_size' must be int, not 256.0"),
+    ("block_size", True, "'block_size' must be int, not True"),
+    ("block_size", "256", "'block_size' must be int, not '256'"),
+    ("block_size", 250, "block_size 250 is impossible: .* nearest are 240 and 256, or set chunk=1"),
+    ("block_size", 0, "block_size 0 is impossible: .* nearest is 16, or set chunk=1"),
+    ("block_size", -32, "block_size -32 is impossible"),
+    ("chunk", 0, "'chunk' must be at least 1, not 0"),
+    ("chunk", 2.0, "'chunk' must be int"),
+    ("chunk", 24, "multiple of chunk .24.* nearest are 240 and 264"),
+    ("scale", 0.0, "'scale' must be positive and finite, not 0.0"),
+    ("scale", -1, "'scale' must be positive and finite"),
+    ("scale", float("inf"), "'scale' must be positive and finite"),
+    ("scale", float("nan"), "'scale' must be positive and finite"),
+    ("scale", "1", "'scale' must be float, not '1'"),
+    ("permutation_period", -1, "'permutation_period' must be 0 or more, not -1"),
+    ("permutation_period", 1.5, "'permutation_period' must be int"),
+    ("seed", 0.5, "'seed' must be int"),
+    ("seed", None, "'seed' must be int"),
+    ("exclude", "gate", "'exclude' must be a list of names, not 'gate'"),
+    ("exclude", ["gate", 3], "'exclude' must be a list of names"),
+    ("exclude", None, "'exclude' must be a list of names, not None"),
+    ("heads", 5, "'heads' must be a list of names, not 5"),
+    ("route", "fast", "'route' must be one of auto, gram, dense, not 'fast'"),
+    ("route", None, "'route' must be str"),
+    ("inner", "eager", "'inner' must be one of inductor, aot_eager, not 'eager'"),
+]
+
+
+def test_every_field_has_a_wrong_value_above() -> None:
+    assert {name for name, *_ in WRONG} == {field.name for field in dataclasses.fields(PoetxConfig)}
+
+
+@pytest.mark.parametrize(("name", "value", "message"), WRONG)
+def test_a_wrong_value_is_refused_by_name(name: str, value: Any, message: str) -> None:
+    with pytest.raises(PoetxError, match=message):
+        PoetxConfig(**{name: value})
+    with pytest.raises(PoetxError, match=message):
+        split_options({name: value}, None)
+
+
+def test_settings_cannot_change_afterwards() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PoetxConfig().scale = 2.0  # type: ignore[misc]
+
+
+def test_defaults() -> None:
+    config, patches = split_options(None, None)
+    assert config == PoetxConfig() == split_options({}, "default")[0]
+    assert (config.block_size, config.chunk, config.scale, config.permutation_period) == (256, 16, 1.0, 0)
+    assert (config.exclude, config.heads, config.route, config.inner) == ((), HEADS, "auto", "inductor")
+    assert patches == {}
+
+
+@given(st.integers(1, 64), st.integers(1, 64))
+def test_a_multiple_of_the_chunk_is_a_block_size(chunk: int, count: int) -> None:
+    assume(chunk * count > 1)
+    assert PoetxConfig(block_size=chunk * count, chunk=chunk).block_size == chunk * count
+
+
+@given(st.integers(1, 40), st.integers(-5, 200))
+def test_the_nearest_block_sizes_that_a_message_names_are_possible(chunk: int, block_size: int) -> None:
+    assume(block_size < 2 or block_size % chunk)
+    with pytest.raises(PoetxError, match="the nearest (is|are)") as raised:
+        PoetxConfig(block_size=block_size, chunk=chunk)
+    named = str(raised.value).split("the nearest ")[1].removesuffix(", or set chunk=1")
+    sizes = [int(size) for size in named.removeprefix("is ").removeprefix("are ").split(" and ")]
+    assert [PoetxConfig(block_size=size, chunk=chunk).block_size for size in sizes] == sorted(set(sizes))
+
+
+def test_chunk_1_is_not_advised_to_who_set_it() -> None:
+    with pytest.raises(PoetxError, match="the nearest is 2$"):
+        PoetxConfig(block_size=1, chunk=1)
+
+
+def test_a_whole_number_is_a_scale() -> None:
+    scale = PoetxConfig(scale=2).scale
+    assert isinstance(scale, float)
+    assert scale == 2.0
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter], ids=["list", "tuple", "iterator"])
+def test_names_may_come_as_any_iterable(kind: Callable[[list[str]], Any]) -> None:
+    assert PoetxConfig(exclude=kind(["gate", "a.*"])).exclude == ("gate", "a.*")
+    assert PoetxConfig(heads=kind(["score"])).heads == ("score",)
+
+
+@pytest.mark.parametrize(("name", "choices"), [("route", ROUTES), ("inner", INNER)])
+def test_every_choice_is_accepted(name: str, choices: tuple[str, ...]) -> None:
+    assert [getattr(PoetxConfig(**{name: choice}), name) for choice in choices] == list(choices)
+
+
+# --- Sorting out the options of torch.compile ------------------------------------------------------------------------
+
+
+def test_options_are_parted_into_ours_and_inductors() -> None:
+    config, patches = split_options({"block_size": 64, "max_autotune": True, "triton.cudagraphs": False}, None)
+    assert config == PoetxConfig(block_size=64)
+    assert patches == {"max_autotune": True, "triton.cudagraphs": False}
+
+
+def test_inductors_options_may_be_spelled_with_dashes() -> None:
+    assert split_options({"max-autotune": True}, None)[1] == {"max_autotune": True}
+
+
+def test_a_mode_stands_for_inductors_options() -> None:
+    assert split_options(None, "max-autotune")[1] == torch._inductor.list_mode_options("max-autotune")
+
+
+def test_an_option_wins_over_the_mode() -> None:
+    assert split_options({"max_autotune": False}, "max-autotune")[1]["max_autotune"] is False
+
+
+@pytest.mark.parametrize("mode", torch._inductor.list_mode_options())
+def test_every_mode_of_inductor_passes(mode: str) -> None:
+    assert split_options(None, mode)[1] == torch._inductor.list_mode_options(mode)
+
+
+@pytest.mark.parametrize("mode", ["fastest", "max_autotune", 3])
+def test_an_unknown_mode_is_answered_with_the_known_ones(mode: Any) -> None:
+    with pytest.raises(PoetxError, match=f"unknown mode {mode!r}; torch.compile knows default, .*max-autotune"):
+        split_options(None, mode)
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [("blocksize", "block_size"), ("block-size", "block_size"), ("permutation_perod", "permutation_period"),
+     ("max_autotun", "max_autotune")],
+)
+def test_a_typo_is_answered_with_the_closest_option(typo: str, meant: str) -> None:
+    with pytest.raises(PoetxError, match=f"unknown option '{typo}'; did you mean '{meant}'"):
+        split_options({typo: 1}, None)
+
+
+@pytest.mark.parametrize("name", ["qqq", 7])
+def test_an_option_like_no_other_is_answered_with_ours(name: Any) -> None:
+    with pytest.raises(PoetxError, match=f"unknown option {name!r}; poetx knows block_size, chunk"):
+        split_options({name: 1}, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [("max_autotune", "yes", "bool"), ("max_autotune", 1, "bool"), ("triton.cudagraphs", None, "bool"),
+     ("max-fusion-size", 1.5, "int")],
+)
+def test_a_wrong_value_of_an_inductor_option_is_refused_as_torch_does(name: str, value: Any, expected: str) -> None:
+    with pytest.raises(PoetxError, match=f"Inductor's option '{name}' must be {expected}, not {value!r}"):
+        split_options({name: value}, None)
+    with pytest.raises(RuntimeError, match="Unexpected type"):
+        torch.compile(nn.Linear(2, 2), options={name: value})
+
+
+def test_torch_compile_passes_options_and_mode_on() -> None:
+    with pytest.raises(BackendCompilerFailed, match="PoetxError: .*did you mean 'block_size'"):
+        torch.compile(nn.Linear(2, 2), backend="poetx", options={"block_siz": 1})(torch.ones(2))
+    torch._dynamo.reset()
+    with pytest.raises(BackendCompilerFailed, match="PoetxError: .*unknown mode 'fastest'"):
+        torch.compile(nn.Linear(2, 2), backend="poetx", mode="fastest")(torch.ones(2))
