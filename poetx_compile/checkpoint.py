@@ -71,21 +71,20 @@ def encode(optimizer: Optimizer, state_dict: Entry) -> Entry:
 def adopt(optimizer: Optimizer) -> bool:
     """Turn loaded entries into live state, for every weight that is converted by now.
 
-    Returns:
-        Whether entries remain that belong to weights not converted yet.
+    Entries that cannot continue a rotation stay as they are: the optimizer's next step refuses them.
 
-    Raises:
-        PoetxError: an entry that cannot continue this rotation.
+    Returns:
+        Whether entries remain.
     """
     waiting = False
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             entry = optimizer.state.get(parameter)
-            if not entry:
+            if not entry or "poetx_live" not in entry:
                 continue
             factor = factors.of_weight(parameter)
-            if factor is None:
-                waiting = waiting or "poetx_live" in entry
+            if factor is None or _other_setting(factor, entry):
+                waiting = True
                 continue
             live = _decoded(factor, entry)
             if live:
@@ -114,9 +113,6 @@ def _encoded(weight: Tensor, entry: Entry, residual: Tensor | None) -> Entry:
 
 
 def _decoded(factor: OrthogonalFactor, entry: Entry) -> Entry:
-    if "poetx_live" not in entry:
-        return ordinary(factor, entry)
-    _check_settings(factor, entry)
     key, epoch, steps = (entry[name] for name in _PLACE)
     residual: Tensor | None = entry.get("poetx_residual")
     if not is_saved(entry):  # this factor's own, or those of a deep copy
@@ -169,14 +165,21 @@ def ordinary(factor: OrthogonalFactor, entry: Entry) -> Entry:
     )
 
 
-def _check_settings(factor: OrthogonalFactor, entry: Entry) -> None:
-    for name in _SETTINGS:
+def check_settings(factor: OrthogonalFactor, entry: Entry) -> None:
+    """Raises:
+    PoetxError: the entry belongs to a rotation by other blocks, or at another scale.
+    """
+    name = _other_setting(factor, entry)
+    if name is not None:
         saved, now = entry[_PREFIX + name], getattr(factor.config, name)
-        if saved != now:
-            raise PoetxError(
-                f"poetx: the checkpoint's '{factor.name}' was trained with {name}={saved}, this run asks for {now}; pass "
-                f"options={{'{name}': {saved}}} to torch.compile"
-            )
+        raise PoetxError(
+            f"poetx: the checkpoint's '{factor.name}' was trained with {name}={saved}, this run asks for {now}; pass "
+            f"options={{'{name}': {saved}}} to torch.compile"
+        )
+
+
+def _other_setting(factor: OrthogonalFactor, entry: Entry) -> str | None:
+    return next((name for name in _SETTINGS if entry[_PREFIX + name] != getattr(factor.config, name)), None)
 
 
 def fingerprint(weight: Tensor) -> int:

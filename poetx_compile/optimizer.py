@@ -31,7 +31,7 @@ _REFUSED = {
 }
 
 _stepping: list[Optimizer] = []  # those inside step(), outermost first
-_finished: list[Optimizer] = []  # those that ended their step() inside another's
+_finished: list[tuple[Optimizer, list[OrthogonalFactor]]] = []  # steps that are not counted yet, with what they moved
 _loaded: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _hooked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _finite = FiniteWatch()
@@ -143,23 +143,22 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     retract_all((factor, _gain(optimizer, group)) for factor, group in moved)
     for factor, _ in stepped:
         checkpoint.tag(factor, optimizer.state.get(factor.weight, {}), factor.epoch)
-    _finished.append(optimizer)
+        coverage.forget(factor)
+    _finished.append((optimizer, [factor for factor, _ in moved]))
     if not _stepping:
         _count()
     coverage.check()
 
 
 def _count() -> None:
-    """Count one step for every factor that took part in it, whatever wrappers stepped inside one another."""
-    skipped = any(_was_skipped(optimizer) for optimizer in _finished)
-    epochs: dict[OrthogonalFactor, int] = {}
-    for optimizer in _finished:
-        for factor, _ in _slots(optimizer):
-            if factor not in epochs:
-                epochs[factor] = factor.epoch
-                coverage.forget(factor)
-                if not skipped:
-                    factor.count_step()
+    """Count one step for every factor that was moved, whatever wrappers stepped inside one another."""
+    skipped = any(_was_skipped(optimizer) for optimizer, _ in _finished)
+    epochs = {factor: factor.epoch for _, moved in _finished for factor in moved}
+    if not skipped:
+        for factor in epochs:
+            factor.count_step()
+    for optimizer, moved in _finished:
+        for factor in moved:
             checkpoint.tag(factor, optimizer.state.get(factor.weight, {}), epochs[factor])
     _finished.clear()
 
@@ -211,13 +210,14 @@ def _usable_entry(optimizer: Optimizer, group: dict[str, Any], factor: Orthogona
     entry = optimizer.state.get(factor.weight)
     if not entry:
         return None
+    if "poetx_live" not in entry:
+        return checkpoint.ordinary(factor, entry)
+    checkpoint.check_settings(factor, entry)
     if checkpoint.is_saved(entry):
         raise PoetxError(
             f"poetx: the state of {type(optimizer).__name__} was loaded after this step's forward, so its gradients belong "
             "to other permutations; load the optimizer's state before the forward pass"
         )
-    if "poetx_live" not in entry:
-        return checkpoint.ordinary(factor, entry)
     return entry if checkpoint.is_current(factor, entry) else _fresh_entry(optimizer, group, factor, entry)
 
 

@@ -10,6 +10,7 @@ settings.register_profile(
     "poetx", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("poetx")
+torch.set_num_threads(1)  # matrices here are tiny: threads that wait for each other take most of the time
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

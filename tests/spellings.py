@@ -105,8 +105,6 @@ OTHER = [
     Spelling("checkpointed", lambda x, w, c: checkpoint(F.linear, x, w, c, use_reentrant=False)),
     Spelling("under vmap", lambda x, w, c: torch.vmap(partial(F.linear, weight=w, bias=c))(x)),
     Spelling("under grad", lambda x, w, c: torch.func.grad(lambda t: F.linear(t, w, c).pow(3).sum())(x)),
-    Spelling(
-        "used twice in different forms", lambda x, w, c: F.linear(x, w, c) * F.linear(x.cos(), w[:1])
-    ),
+    Spelling("used twice in different forms", lambda x, w, c: F.linear(x, w, c) * F.linear(x.cos(), w[:1])),
 ]
 """What is rotated all the same, by the dense route."""

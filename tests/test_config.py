@@ -80,7 +80,7 @@ def test_a_multiple_of_the_chunk_is_a_block_size(chunk: int, count: int) -> None
 @given(st.integers(1, 40), st.integers(-5, 200))
 def test_the_nearest_block_sizes_that_a_message_names_are_possible(chunk: int, block_size: int) -> None:
     assume(block_size < 2 or block_size % chunk)
-    with pytest.raises(PoetxError, match="the nearest (is|are)") as raised:
+    with pytest.raises(PoetxError, match="the nearest ") as raised:
         PoetxConfig(block_size=block_size, chunk=chunk)
     named = str(raised.value).split("the nearest ")[1].removesuffix(", or set chunk=1")
     sizes = [int(size) for size in named.removeprefix("is ").removeprefix("are ").split(" and ")]
@@ -88,7 +88,7 @@ def test_the_nearest_block_sizes_that_a_message_names_are_possible(chunk: int, b
 
 
 def test_chunk_1_is_not_advised_to_who_set_it() -> None:
-    with pytest.raises(PoetxError, match="the nearest is 2$"):
+    with pytest.raises(PoetxError, match=r"the nearest is 2$"):
         PoetxConfig(block_size=1, chunk=1)
 
 
@@ -143,8 +143,12 @@ def test_an_unknown_mode_is_answered_with_the_known_ones(mode: Any) -> None:
 
 @pytest.mark.parametrize(
     ("typo", "meant"),
-    [("blocksize", "block_size"), ("block-size", "block_size"), ("permutation_perod", "permutation_period"),
-     ("max_autotun", "max_autotune")],
+    [
+        ("blocksize", "block_size"),
+        ("block-size", "block_size"),
+        ("permutation_perod", "permutation_period"),
+        ("max_autotun", "max_autotune"),
+    ],
 )
 def test_a_typo_is_answered_with_the_closest_option(typo: str, meant: str) -> None:
     with pytest.raises(PoetxError, match=f"unknown option '{typo}'; did you mean '{meant}'"):
@@ -159,8 +163,12 @@ def test_an_option_like_no_other_is_answered_with_ours(name: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
-    [("max_autotune", "yes", "bool"), ("max_autotune", 1, "bool"), ("triton.cudagraphs", None, "bool"),
-     ("max-fusion-size", 1.5, "int")],
+    [
+        ("max_autotune", "yes", "bool"),
+        ("max_autotune", 1, "bool"),
+        ("triton.cudagraphs", None, "bool"),
+        ("max-fusion-size", 1.5, "int"),
+    ],
 )
 def test_a_wrong_value_of_an_inductor_option_is_refused_as_torch_does(name: str, value: Any, expected: str) -> None:
     with pytest.raises(PoetxError, match=f"Inductor's option '{name}' must be {expected}, not {value!r}"):
@@ -170,8 +178,8 @@ def test_a_wrong_value_of_an_inductor_option_is_refused_as_torch_does(name: str,
 
 
 def test_torch_compile_passes_options_and_mode_on() -> None:
-    with pytest.raises(BackendCompilerFailed, match="PoetxError: .*did you mean 'block_size'"):
+    with pytest.raises(BackendCompilerFailed, match=r"PoetxError: .*did you mean 'block_size'"):
         torch.compile(nn.Linear(2, 2), backend="poetx", options={"block_siz": 1})(torch.ones(2))
     torch._dynamo.reset()
-    with pytest.raises(BackendCompilerFailed, match="PoetxError: .*unknown mode 'fastest'"):
+    with pytest.raises(BackendCompilerFailed, match=r"PoetxError: .*unknown mode 'fastest'"):
         torch.compile(nn.Linear(2, 2), backend="poetx", mode="fastest")(torch.ones(2))

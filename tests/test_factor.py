@@ -136,13 +136,13 @@ def test_singular_values_stay_over_a_thousand_steps(dtype: torch.dtype, toleranc
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_rounding_does_not_lengthen_a_half_precision_weight(dtype: torch.dtype) -> None:
-    """Singular values may wander within their tolerance, but not all in one direction."""
+    """Its length may only wander: by 4e-6 (a standard deviation of the rounding errors), where ties away from zero add 4e-5."""
     factor = small_factor(dtype)
     before = master(factor).norm()
     for step in range(1000):
         turn(factor, step, 2e-3)
         factor.retract()
-    assert abs(master(factor).norm() / before - 1) <= 5e-6
+    assert abs(master(factor).norm() / before - 1) <= 1.6e-5
 
 
 # --- Gradients -------------------------------------------------------------------------------------------------------

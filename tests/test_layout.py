@@ -110,7 +110,9 @@ def test_a_draw_depends_on_its_arguments_only(layout: BlockLayout, key: int, epo
 @given(SEEDS, EPOCHS)
 def test_another_epoch_side_or_key_is_another_draw(key: int, epoch: int) -> None:
     layout = BlockLayout.of(256, 64, 4)
-    draws = [layout.channels(*which) for which in ((key, 0, epoch), (key, 0, epoch + 1), (key, 1, epoch), (key + 1, 0, epoch))]
+    draws = [
+        layout.channels(*which) for which in ((key, 0, epoch), (key, 0, epoch + 1), (key, 1, epoch), (key + 1, 0, epoch))
+    ]
     assert len({tuple(draw.tolist()) for draw in draws}) == len(draws)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -283,8 +284,7 @@ class TestHowScriptsUseThem:
             assert not torch.equal(model[0].weight, start)
             torch.testing.assert_close(torch.linalg.svdvals(model[0].weight), spectrum, rtol=1e-5, atol=0)
         """
-        lines = [line.removeprefix(" " * 12) for line in script.splitlines()]
-        done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
     @pytest.mark.parametrize("fused", [False, True])

@@ -299,9 +299,7 @@ def test_left_over_channels_keep_their_bits(data: st.DataObject, dtype: torch.dt
 def test_projection_is_the_gradient_through_the_explicit_weight(factor: OrthogonalFactor, seed: int) -> None:
     weight = factor.weight.detach()
     gradient = normal(*weight.shape, seed=seed)
-    packed = project(
-        gradient, weight, factor.row_channels, factor.rows.width, factor.column_channels, factor.columns.width
-    )
+    packed = project(gradient, weight, factor.row_channels, factor.rows.width, factor.column_channels, factor.columns.width)
     by_autograd = torch.func.grad(lambda q: (gradient * explicit_weight(factor, weight, q)).sum())(torch.zeros_like(packed))
     torch.testing.assert_close(packed * (2 * factor.config.scale), by_autograd, rtol=1e-10, atol=1e-10)
 

@@ -212,7 +212,10 @@ def test_rotate_on_a_device(device: str, dtype: torch.dtype, sides: str) -> None
 @of_dtypes
 def test_linear_on_a_device(device: str, dtype: torch.dtype) -> None:
     got = linear_with_gradients(device, dtype)
-    args = [arg.detach().double() if torch.is_tensor(arg) and arg.is_floating_point() else arg for arg in linear_args("cpu", dtype)]
+    args = [
+        arg.detach().double() if torch.is_tensor(arg) and arg.is_floating_point() else arg
+        for arg in linear_args("cpu", dtype)
+    ]
     x, bias, q = args[0].requires_grad_(), args[2].requires_grad_(), args[3].requires_grad_()
     y = rotated_linear(*args)
     cotangent = normal(*y.shape, seed=7, dtype=dtype).double()

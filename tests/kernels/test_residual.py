@@ -13,7 +13,9 @@ from poetx_compile.kernels.residual import encode_
 
 HALVES = pytest.mark.parametrize("dtype", HALF)
 PATTERNS = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
-LOW_BITS = torch.tensor([0, 1, 0x7F, 0x80, 0x81, 0x17F, 0x180, 0x181, 0x7F7F, 0x7F80, 0x7FFF, 0x8000, 0x8001, 0xFF7F, 0xFF80, 0xFFFF])
+LOW_BITS = torch.tensor(
+    [0, 1, 0x7F, 0x80, 0x81, 0x17F, 0x180, 0x181, 0x7F7F, 0x7F80, 0x7FFF, 0x8000, 0x8001, 0xFF7F, 0xFF80, 0xFFFF]
+)
 FLOAT16_RESIDUALS = torch.tensor([*range(-127, 128, 6), -64, 0, 63, 64]).to(torch.int8)
 SPECIAL = torch.tensor([0.0, -0.0, float("inf"), -float("inf")])
 
@@ -217,9 +219,7 @@ def test_a_zeroed_or_ruined_weight_ignores_a_stale_residual(dtype: torch.dtype) 
     special = torch.cat([SPECIAL, torch.tensor([float("nan")])])
     weight = special.to(dtype)[:, None].expand(-1, 256)
     residual = torch.arange(-128, 128).to(torch.int8).expand_as(weight)
-    torch.testing.assert_close(
-        decode(weight, residual), special[:, None].expand(-1, 256), rtol=0, atol=0, equal_nan=True
-    )
+    torch.testing.assert_close(decode(weight, residual), special[:, None].expand(-1, 256), rtol=0, atol=0, equal_nan=True)
 
 
 @HALVES

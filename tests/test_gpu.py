@@ -1,0 +1,154 @@
+"""Training on a CUDA device, through Inductor and the Triton kernels."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import factor_of
+from torch import Tensor, nn
+
+from poetx_compile import doctor
+from poetx_compile.kernels import HALF, block_gram, cayley_neumann, decode, naive, rotate_
+from poetx_compile.layout import BlockLayout
+
+pytestmark = pytest.mark.gpu
+
+WIDTHS = {"full": (768, 256), "ragged": (1000, 128), "narrow": (384, 256), "tiny": (48, 32), "wide": (1024, 512)}
+
+
+def network(dtype: torch.dtype) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(96, 320), nn.GELU(), nn.Linear(320, 200, bias=False), nn.LayerNorm(200))
+    return layers.to("cuda", dtype)
+
+
+def batch(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(step)
+    x, target = (torch.randn(64, size, generator=generator, device="cuda") for size in (96, 200))
+    return x.to(dtype), target.to(dtype)
+
+
+def train(model: Any, optimizer: torch.optim.Optimizer, dtype: torch.dtype, steps: range) -> None:
+    for step in steps:
+        x, target = batch(step, dtype)
+        F.mse_loss(model(x), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_doctor() -> None:
+    assert doctor.run()
+
+
+@pytest.mark.parametrize("shape", WIDTHS)
+@pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
+def test_kernels_agree_with_their_oracle(shape: str, dtype: torch.dtype) -> None:
+    features, block = WIDTHS[shape]
+    rows, columns = BlockLayout.of(features, block, 16), BlockLayout.of(304, block, 16)
+    channels = [layout.channels(1, side, 0).cuda() for side, layout in enumerate((rows, columns))]
+    left, right = (torch.randn(333, features, device="cuda", dtype=dtype) for _ in range(2))
+    gram = block_gram(left, right, channels[0], rows.width, rows.run)
+    expected = naive.block_gram(left.double(), right.double(), channels[0], rows.width)
+    assert torch.linalg.norm(gram - expected) < 1e-6 * torch.linalg.norm(expected)
+    assert torch.equal(gram, block_gram(left, right, channels[0], rows.width, rows.run))
+
+    skews = [torch.randn(layout.skew, device="cuda") * 3e-3 for layout in (rows, columns)]
+    turns = [cayley_neumann(skew, layout.width, 1.0) for skew, layout in zip(skews, (rows, columns))]
+    exact = [naive.cayley_neumann(skew.double(), layout.width, 1.0) for skew, layout in zip(skews, (rows, columns))]
+    for turn, one in zip(turns, exact):
+        assert torch.linalg.norm(turn - one) < 1e-6 * torch.linalg.norm(one)
+
+    weight = torch.randn(features, 304, device="cuda").to(dtype)
+    residual = torch.randint(-100, 100, weight.shape, device="cuda", dtype=torch.int8) if dtype in HALF else None
+    master = decode(weight, residual).double()
+    naive.rotate_(master, None, exact[0], channels[0], exact[1], channels[1])
+    rotate_(weight, residual, turns[0], channels[0], turns[1], channels[1], columns.run)
+    assert torch.linalg.norm(decode(weight, residual) - master) < 1.5e-5 * torch.linalg.norm(master)
+
+
+def test_a_step_equals_the_cpus() -> None:
+    models = {"cuda": network(torch.float32)}
+    models["cpu"] = copy.deepcopy(models["cuda"]).cpu()
+    for device, model in models.items():
+        compiled = torch.compile(model, backend="poetx", options={"block_size": 64})
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for step in range(3):
+            x, target = (tensor.to(device) for tensor in batch(step, torch.float32))
+            F.mse_loss(compiled(x), target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for ours, theirs in zip(models["cuda"].parameters(), models["cpu"].parameters()):
+        assert torch.allclose(ours.cpu(), theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), ((torch.float32, 1e-5), (torch.bfloat16, 1e-4), (torch.float16, 1e-4)))
+def test_singular_values_stay_through_a_thousand_steps(dtype: torch.dtype, tolerance: float) -> None:
+    model = network(dtype)
+    weights = [model[0].weight, model[2].weight]
+    before = [torch.linalg.svdvals(weight.double()) for weight in weights]
+    compiled = torch.compile(model, backend="poetx", options={"block_size": 64})
+    train(compiled, torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True, eps=1e-6), dtype, range(1000))
+    for weight, start in zip(weights, before):
+        factor = factor_of(weight)
+        after = torch.linalg.svdvals(decode(weight.detach(), factor.residual).double())
+        assert (after - start).abs().max() < tolerance * start.max()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
+def test_resume_is_exact(dtype: torch.dtype) -> None:
+    options = {"block_size": 64, "permutation_period": 3}
+
+    def fresh() -> tuple[nn.Module, Any, torch.optim.Optimizer]:
+        model = network(dtype)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
+        return model, torch.compile(model, backend="poetx", options=options), optimizer
+
+    model, compiled, optimizer = fresh()
+    train(compiled, optimizer, dtype, range(4))
+    saved = io.BytesIO()
+    torch.save((model.state_dict(), optimizer.state_dict()), saved)
+    train(compiled, optimizer, dtype, range(4, 8))
+
+    again, compiled_again, optimizer_again = fresh()
+    saved.seek(0)
+    weights, state = torch.load(saved, weights_only=True)
+    again.load_state_dict(weights)
+    optimizer_again.load_state_dict(state)
+    train(compiled_again, optimizer_again, dtype, range(4, 8))
+    for one, other in zip(model.parameters(), again.parameters()):
+        assert torch.equal(one, other)
+
+
+def test_float16_autocast_with_a_scaler() -> None:
+    model = network(torch.float32)
+    compiled = torch.compile(model, backend="poetx", options={"block_size": 64})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+    scaler = torch.amp.GradScaler("cuda")
+    losses = []
+    for _ in range(20):
+        x, target = batch(0, torch.float32)
+        with torch.autocast("cuda", torch.float16):
+            loss = F.mse_loss(compiled(x), target)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("settings", ({"foreach": True}, {"fused": True}, {"capturable": True}), ids=str)
+def test_kinds_of_adam(settings: dict[str, bool]) -> None:
+    model = network(torch.bfloat16)
+    compiled = torch.compile(model, backend="poetx", options={"block_size": 64})
+    before = model[0].weight.detach().clone()
+    train(compiled, torch.optim.AdamW(model.parameters(), lr=1e-2, **settings), torch.bfloat16, range(3))
+    assert not torch.equal(model[0].weight, before)
+    assert torch.allclose(compiled(batch(0, torch.bfloat16)[0]), model(batch(0, torch.bfloat16)[0]), atol=5e-2)

@@ -1,0 +1,406 @@
+"""Pins the private torch API that the package leans on: an upgrade that breaks a piece of it fails here, by name."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import is_fake
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, Adam, Optimizer
+
+from poetx_compile import _torch
+
+Compiled = Callable[..., Any]
+Backend = Callable[[fx.GraphModule, Sequence[Any]], Compiled]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.fc(x))
+
+
+def capture(function: Callable[..., Any], *args: Any) -> tuple[fx.GraphModule, list[Any]]:
+    """The graph that Dynamo hands to a backend, and its inputs."""
+    graphs: list[tuple[fx.GraphModule, list[Any]]] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        graphs.append((gm, list(inputs)))
+        return gm.forward
+
+    torch.compile(function, backend=backend, fullgraph=True)(*args)
+    return graphs[0]
+
+
+def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def test_every_function_is_pinned_here() -> None:
+    functions = {name for name, thing in vars(_torch).items() if getattr(thing, "__module__", "") == _torch.__name__}
+    assert functions == {
+        "active_ddp",
+        "add_input",
+        "compile_with_aot_eager",
+        "compile_with_inductor",
+        "copy_graph",
+        "distributed_wrapper",
+        "functorch_nodes",
+        "gradient_hooks",
+        "inductor_modes",
+        "inductor_option_names",
+        "inductor_option_type",
+        "is_stepping",
+        "is_tracing",
+        "live_optimizers",
+        "on_optimizer_state_loaded",
+        "own_grad",
+        "replace_grad_attribute",
+        "set_own_grad",
+        "source_name",
+    }
+
+
+# --- Graphs ----------------------------------------------------------------------------------------------------------
+
+
+def test_copy_graph_keeps_what_dynamo_needs() -> None:
+    def check(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        copied = _torch.copy_graph(gm)
+        sources = [node._dynamo_source for node in placeholders(gm)]
+        assert all(source is not None for source in sources)
+        assert [node._dynamo_source for node in placeholders(copied)] == sources
+        assert [_torch.source_name(node) for node in placeholders(copied)] == [source.name for source in sources]
+        assert copied._param_name_to_source == gm._param_name_to_source
+        assert copied.meta == gm.meta
+        assert copied.meta is not gm.meta
+        return copied.forward
+
+    net, x = Net(), torch.ones(2, 3)
+    torch.testing.assert_close(torch.compile(net, backend=check)(x), net(x))
+
+
+def test_copy_graph_leaves_the_original_untouched() -> None:
+    gm, inputs = capture(Net(), torch.ones(2, 3))
+    code, nodes, expected = gm.code, len(gm.graph.nodes), gm(*inputs)
+    copied = _torch.copy_graph(gm)
+    for node in copied.graph.nodes:
+        if node.target is F.relu:
+            node.target, node.kwargs = torch.neg, {}
+    _torch.add_input(copied, "extra", torch.ones(1))
+    copied.recompile()
+    gm.recompile()
+    assert (gm.code, len(gm.graph.nodes)) == (code, nodes)
+    assert len(copied.graph.nodes) == nodes + 1
+    torch.testing.assert_close(gm(*inputs), expected)
+
+
+def adding(extra: Tensor, compiler: Backend) -> Backend:
+    """A backend that adds a tensor to the result of a graph, as a new input."""
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        copied = _torch.copy_graph(gm)
+        node = _torch.add_input(copied, "extra", extra)
+        assert placeholders(copied)[-1] is node
+        assert is_fake(node.meta["example_value"])
+        assert node.meta["example_value"].shape == extra.shape
+        output = copied.graph.output_node()
+        with copied.graph.inserting_before(output):
+            output.args = ((copied.graph.call_function(torch.add, (output.args[0][0], node)),),)
+        copied.recompile()
+        compiled = compiler(copied, [*inputs, extra])
+        return lambda *args: compiled(*args, extra)
+
+    return backend
+
+
+def check_that_an_added_input_trains(compiler: Backend) -> None:
+    net, x = Net(), torch.randn(2, 3)
+    extra = torch.randn(2, 4, requires_grad=True)
+    expected = net(x) + extra
+    result = torch.compile(net, backend=adding(extra, compiler))(x)
+    torch.testing.assert_close(result, expected)
+    got = torch.autograd.grad(result.square().sum(), (net.fc.weight, extra))
+    torch.testing.assert_close(got, torch.autograd.grad(expected.square().sum(), (net.fc.weight, extra)))
+
+
+def test_aot_eager_trains_an_added_input() -> None:
+    check_that_an_added_input_trains(_torch.compile_with_aot_eager)
+
+
+def test_inductor_trains_an_added_input_and_takes_patches() -> None:
+    seen: list[fx.Graph] = []
+    patches = {"pre_grad_custom_pass": seen.append}
+    check_that_an_added_input_trains(lambda gm, inputs: _torch.compile_with_inductor(gm, inputs, patches))
+    assert len(seen) == 1
+
+
+def test_source_name_says_where_a_parameter_lives() -> None:
+    names: dict[str, Any] = {}
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        names.update({_torch.source_name(node): value for node, value in zip(placeholders(gm), inputs)})
+        return gm.forward
+
+    net, x = Net(), torch.ones(2, 3)
+    torch.compile(net, backend=backend)(x)
+    assert names["L['self']._modules['fc']._parameters['weight']"] is net.fc.weight
+    assert names["L['x']"] is x
+
+
+def test_source_name_of_a_graph_that_dynamo_did_not_make() -> None:
+    gm = fx.symbolic_trace(torch.nn.ReLU())
+    assert [_torch.source_name(node) for node in placeholders(gm)] == ["input_1"]
+
+
+@pytest.mark.parametrize("transform", [torch.func.vmap, lambda f: torch.func.grad(lambda x: f(x).sum())])
+def test_functorch_nodes_are_those_under_a_transform(transform: Callable[..., Any]) -> None:
+    gm, _ = capture(lambda x: torch.cos(transform(torch.sin)(torch.tan(x))), torch.ones(2, 3))
+    inside = _torch.functorch_nodes(gm)
+    calls = {node.target: node in inside for node in gm.graph.nodes}
+    assert (calls[torch.tan], calls[torch.sin], calls[torch.cos]) == (False, True, False)
+
+
+def test_a_backend_call_is_tracing_and_the_code_it_makes_is_not() -> None:
+    tracing: list[bool] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        tracing.append(_torch.is_tracing())
+
+        def run(*args: Any) -> Any:
+            tracing.append(_torch.is_tracing())
+            return gm.forward(*args)
+
+        return run
+
+    assert not _torch.is_tracing()
+    torch.compile(Net(), backend=backend)(torch.ones(2, 3))
+    assert tracing == [True, False]
+    assert not _torch.is_tracing()
+
+
+# --- Inductor's options ----------------------------------------------------------------------------------------------
+
+
+def test_inductor_lists_its_options() -> None:
+    assert {"max_autotune", "triton.cudagraphs", "max_fusion_size"} <= _torch.inductor_option_names()
+
+
+def test_inductor_types_its_options() -> None:
+    assert _torch.inductor_option_type("max_autotune") is bool
+    assert _torch.inductor_option_type("max_fusion_size") is int
+    defaults = torch._inductor.config.get_config_copy()
+    for name in _torch.inductor_option_names():
+        expected = _torch.inductor_option_type(name)
+        assert expected is None or isinstance(defaults[name], expected)
+
+
+def test_inductor_lists_its_modes() -> None:
+    modes = _torch.inductor_modes()
+    assert {"default", "reduce-overhead", "max-autotune"} <= set(modes)
+    assert modes["max-autotune"]["max_autotune"] is True
+    assert all(set(options) <= _torch.inductor_option_names() for options in modes.values())
+
+
+# --- Gradients -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def original_grad() -> Iterator[None]:
+    """Puts back whatever ``nn.Parameter.grad`` was."""
+    before = vars(nn.Parameter).get("grad")
+    yield
+    if before is not None:
+        nn.Parameter.grad = before
+    elif "grad" in vars(nn.Parameter):
+        del nn.Parameter.grad
+
+
+@pytest.mark.usefixtures("original_grad")
+def test_own_grad_is_autograds_whatever_the_attribute_shows() -> None:
+    shown = torch.full((2,), 7.0)
+    written: list[Tensor | None] = []
+    _torch.replace_grad_attribute(lambda parameter: shown, lambda parameter, grad: written.append(grad))
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.square().sum().backward()
+    assert parameter.grad is shown
+    own = _torch.own_grad(parameter)
+    assert own is not None
+    assert own.tolist() == [2, 2]
+
+    parameter.grad = own
+    del parameter.grad
+    assert written == [own, None]
+
+    _torch.set_own_grad(parameter, None)
+    assert _torch.own_grad(parameter) is None
+    _torch.set_own_grad(parameter, torch.zeros(2))
+    assert torch.equal(_torch.own_grad(parameter), torch.zeros(2))
+
+
+@pytest.mark.usefixtures("original_grad")
+def test_a_replaced_attribute_reaches_every_parameter_and_no_other_tensor() -> None:
+    before = nn.Parameter(torch.ones(1))
+    _torch.replace_grad_attribute(lambda parameter: torch.full((1,), 7.0), lambda parameter, grad: None)
+    assert type(before) is nn.Parameter
+    assert before.grad is not None
+    assert torch.ones(1, requires_grad=True).grad is None
+
+
+def test_gradient_hooks_are_counted_and_forgotten() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    assert _torch.gradient_hooks(parameter) == 0
+    first = parameter.register_hook(lambda grad: grad)
+    second = parameter.register_post_accumulate_grad_hook(lambda parameter: None)
+    parameter.register_hook(lambda grad: grad)
+    assert _torch.gradient_hooks(parameter) == 3
+    first.remove()
+    second.remove()
+    assert _torch.gradient_hooks(parameter) == 1
+
+
+# --- Optimizers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Optimizer]:
+    """Optimizers that received state since the test began."""
+    monkeypatch.setattr(Optimizer, "__setstate__", Optimizer.__setstate__)
+    noted: list[Optimizer] = []
+    _torch.on_optimizer_state_loaded(noted.append)
+    return noted
+
+
+def stepped(kind: type[Optimizer] = Adam) -> Optimizer:
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = kind([parameter], lr=0.1)  # type: ignore[call-arg]
+    parameter.sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("kind", [Adam, SGD])
+def test_loading_a_state_dict_is_noted(loaded: list[Optimizer], kind: type[Optimizer]) -> None:
+    first, second = stepped(kind), stepped(kind)
+    assert loaded == []
+    second.load_state_dict(first.state_dict())
+    assert loaded == [second]
+
+
+def test_copying_an_optimizer_is_noted(loaded: list[Optimizer]) -> None:
+    copied = copy.deepcopy(stepped())
+    assert [each is copied for each in loaded] == [True]
+
+
+def test_unpickling_an_optimizer_is_noted(loaded: list[Optimizer]) -> None:
+    unpickled = pickle.loads(pickle.dumps(stepped()))
+    assert [each is unpickled for each in loaded] == [True]
+    assert unpickled.state_dict()["state"][0]["step"] == 1
+
+
+def test_noting_changes_nothing_else(loaded: list[Optimizer]) -> None:
+    first, second = stepped(), stepped()
+    second.load_state_dict(first.state_dict())
+    assert second.state_dict()["state"][0].keys() == first.state_dict()["state"][0].keys()
+    assert Optimizer.__setstate__.__name__ == "__setstate__"
+
+
+def test_live_optimizers_are_found_until_they_die() -> None:
+    optimizer = stepped()
+    assert any(each is optimizer for each in _torch.live_optimizers())
+    identity = id(optimizer)
+    del optimizer
+    gc.collect()
+    assert all(id(each) != identity for each in _torch.live_optimizers())
+
+
+def test_an_optimizer_that_is_being_built_is_not_live() -> None:
+    class HalfBuilt(SGD):
+        def __init__(self) -> None:
+            assert all(each is not self for each in _torch.live_optimizers())
+            super().__init__([nn.Parameter(torch.ones(1))], lr=0.1)
+
+    HalfBuilt()
+
+
+def test_is_stepping_sees_the_step_of_this_optimizer_only() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    first, second = SGD([parameter], lr=0.1), SGD([parameter], lr=0.1)
+    seen: list[tuple[bool, bool]] = []
+
+    def closure() -> float:
+        seen.append((_torch.is_stepping(first), _torch.is_stepping(second)))
+        return 0.0
+
+    first.step(closure)
+    second.step(closure)
+    closure()
+    assert seen == [(True, False), (False, True), (False, False)]
+
+
+def test_is_stepping_after_a_step_that_failed() -> None:
+    optimizer = stepped(SGD)
+
+    def closure() -> float:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(closure)
+    assert not _torch.is_stepping(optimizer)
+
+
+# --- Distributed wrappers --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A world of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_without_a_process_group_nothing_is_wrapped() -> None:
+    assert _torch.distributed_wrapper(Net().parameters()) is None
+    assert not _torch.active_ddp()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_data_parallel_model_is_recognised_by_its_weights() -> None:
+    net, other = Net(), Net()
+    wrapped = DistributedDataParallel(net)
+    assert _torch.distributed_wrapper([net.fc.weight]) == "DistributedDataParallel"
+    assert _torch.distributed_wrapper([other.fc.weight]) is None
+    del wrapped
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_fully_sharded_model_is_recognised_by_its_weights() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    net = fully_shard(Net(), mesh=init_device_mesh("cpu", (1,)))
+    assert _torch.distributed_wrapper(net.parameters()) == "FSDPModule"
+
+
+@pytest.mark.usefixtures("process_group")
+def test_active_ddp_holds_inside_its_forward() -> None:
+    seen: list[bool] = []
+    net = Net()
+    net.register_forward_hook(lambda *args: seen.append(_torch.active_ddp()))
+    wrapped = DistributedDataParallel(net)
+    wrapped(torch.ones(2, 3))
+    net(torch.ones(2, 3))
+    assert seen == [True, False]
