@@ -21,6 +21,7 @@ def draw(path: Path, rows: Sequence[Row], title: str) -> None:
     axes = figure.add_subplot()
     for method, part in groupby(rows, key=lambda row: row.method):
         _draw_method(axes, *_STYLES[method], list(part))
+    axes.set_ylim(top=1.15 * max(row.val_loss for row in rows if row.val_loss is not None))
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel("training tokens (millions)")
     axes.set_ylabel("loss (nats per byte)")

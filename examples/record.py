@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import gc
 import importlib.metadata
 import platform
 import resource
@@ -65,6 +66,14 @@ def tokens_per_second(rows: Sequence[Row]) -> float:
     """The median over the spans between rows, so that compilation does not count."""
     rates = [(after.tokens - before.tokens) / (after.seconds - before.seconds) for before, after in pairwise(rows)]
     return median(rates) if rates else rows[-1].tokens / rows[-1].seconds
+
+
+def forget_peak_memory(device: str) -> None:
+    """Let the next run's peak be its own: on a GPU only, since the operating system keeps that of the whole process."""
+    torch._dynamo.reset()  # compiled code holds the model that it was made for
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory(device: str) -> int:

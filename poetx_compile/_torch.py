@@ -6,6 +6,7 @@ import functools
 import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FrameType
 from typing import Any, get_origin
 
 import torch
@@ -157,14 +158,17 @@ def live_optimizers() -> Iterator[Optimizer]:
             yield thing
 
 
-def is_stepping(optimizer: Optimizer) -> bool:
-    """Whether ``optimizer.step()`` stands on the call stack of this thread."""
-    frame = sys._getframe()
+_STEP_WITH_HOOKS = Optimizer.profile_hook_step(lambda: None).__code__
+
+
+def steps_running(optimizer: Optimizer) -> int:
+    """How many calls of ``optimizer.step()`` stand on the call stack of this thread: two where a subclass calls its base."""
+    frame: FrameType | None = sys._getframe()
+    count = 0
     while frame is not None:
-        if frame.f_code.co_name == "step" and frame.f_locals.get("self") is optimizer:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+        count += frame.f_code is _STEP_WITH_HOOKS and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return count
 
 
 # --- Distributed wrappers --------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from .errors import PoetxError, PoetxWarning
 from .factor import OrthogonalFactor, factors
+from .kernels import HALF
 
 Entry = dict[str, Any]
 
@@ -105,7 +106,7 @@ def _encoded(weight: Tensor, entry: Entry, residual: Tensor | None) -> Entry:
         if _must_be_bytes(name, value, weight):
             saved[name] = _bytes(value)
             saved[_CODE + name] = _code(value)
-    saved["poetx_live"] = 0
+    saved.update(poetx_live=0, poetx_dtype=_DTYPES.index(weight.dtype))
     if residual is not None:
         saved["poetx_residual"] = _bytes(residual)
         saved["poetx_fingerprint"] = fingerprint(weight)
@@ -134,10 +135,15 @@ def _decoded(factor: OrthogonalFactor, entry: Entry) -> Entry:
             residual = residual.to(torch.uint8).view(torch.int8)
     factor.resume(key, epoch, steps, residual)
     live = {}
+    dtype = _DTYPES[entry["poetx_dtype"]]
+    if dtype not in HALF:
+        dtype = factor.q.dtype
     for name, value in entry.items():
-        if not name.startswith(_PREFIX):
-            code = entry.get(_CODE + name)
-            live[name] = value if code is None else _from_bytes(value, code)
+        if _CODE + name in entry:
+            live[name] = _from_bytes(value, entry[_CODE + name])
+        elif not name.startswith(_PREFIX):
+            cast = torch.is_tensor(value) and value.is_floating_point() and name != "step"
+            live[name] = value.to(dtype) if cast else value  # it had the dtype of the weight, which may be another now
     tag(factor, live, entry.get("poetx_moments", epoch))
     return live
 

@@ -24,7 +24,7 @@ def forget(factor: OrthogonalFactor) -> None:
 
 def check() -> None:
     """Warn, once a weight, about those that have a gradient and no optimizer. Looks at all live optimizers."""
-    waiting = [factor for factor in _unknown if factor.q.grad is not None]
+    waiting = sorted((factor for factor in _unknown if factor.q.grad is not None), key=lambda factor: factor.name)
     if not waiting:
         return
     for optimizer in live_optimizers():

@@ -226,19 +226,21 @@ class Registry:
         self._by_skew: dict[int, OrthogonalFactor] = {}
 
     def add(self, factor: OrthogonalFactor) -> None:
-        weight, skew = id(factor.weight), id(factor.q)
+        weight = id(factor.weight)
         self._by_weight[weight] = factor
-        self._by_skew[skew] = factor
-        weakref.finalize(factor.weight, self._forget, weight, skew).atexit = False
+        self._by_skew[id(factor.q)] = factor
+        weakref.finalize(factor.weight, self._forget, weight, weakref.ref(factor)).atexit = False
 
     def remove(self, factor: OrthogonalFactor) -> None:
-        self._forget(id(factor.weight), id(factor.q))
+        self._forget(id(factor.weight), weakref.ref(factor))
 
-    def _forget(self, weight: int, skew: int) -> None:
-        held = self._by_weight.get(weight)
-        if held is not None and id(held.q) == skew:
-            del self._by_weight[weight]
-        self._by_skew.pop(skew, None)
+    def _forget(self, weight: int, reference: weakref.ref[OrthogonalFactor]) -> None:
+        factor = reference()
+        if factor is None:  # removed before, and others may have its identities now
+            return
+        for index, identity in ((self._by_weight, weight), (self._by_skew, id(factor.q))):
+            if index.get(identity) is factor:
+                del index[identity]
 
     def of_weight(self, weight: object) -> OrthogonalFactor | None:
         factor = self._by_weight.get(id(weight))

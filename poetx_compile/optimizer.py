@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from . import checkpoint, coverage
-from ._torch import is_stepping, live_optimizers, on_optimizer_state_loaded
+from ._torch import live_optimizers, on_optimizer_state_loaded, steps_running
 from .errors import PoetxError
 from .factor import OrthogonalFactor, factors, retract_all
 from .finite import FiniteWatch
@@ -30,8 +31,21 @@ _REFUSED = {
     "Muon": "it orthogonalises matrices, and a rotation is trained as a packed vector",
 }
 
-_stepping: list[Optimizer] = []  # those inside step(), outermost first
-_finished: list[tuple[Optimizer, list[OrthogonalFactor]]] = []  # steps that are not counted yet, with what they moved
+
+class _Steps(threading.local):
+    """The steps that one thread is taking.
+
+    Attributes:
+        running: optimizers inside ``step()``, outermost first.
+        finished: steps inside others that are not counted yet, each with the factors that it moved.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[Optimizer] = []
+        self.finished: list[tuple[Optimizer, list[OrthogonalFactor]]] = []
+
+
+_steps = _Steps()
 _loaded: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _hooked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _finite = FiniteWatch()
@@ -45,8 +59,8 @@ def install() -> None:
     on_optimizer_state_loaded(_note_loaded)
     for optimizer in live_optimizers():
         _note_loaded(optimizer)
-        if is_stepping(optimizer):  # this is the first forward of all, in its closure
-            _stepping.append(optimizer)
+        if steps_running(optimizer):  # this is the first forward of all, in its closure
+            _steps.running.append(optimizer)
 
 
 def settle() -> None:
@@ -63,7 +77,7 @@ def settle() -> None:
 def join_running_step() -> None:
     """Let weights that were converted inside ``step(closure)`` take part in that step."""
     _abandon_raised()
-    for optimizer in _stepping:
+    for optimizer in _steps.running:
         _enter(optimizer)
 
 
@@ -75,11 +89,11 @@ def check_clean(factor: OrthogonalFactor) -> None:
     """
     if factor.is_clean:
         return
-    if _stepping:
+    if _steps.running:
         raise PoetxError(
-            f"poetx: {type(_stepping[-1]).__name__} moved the rotation of '{factor.name}' and ran the model again before step() "
-            "ended. Optimizers that evaluate the model at trial points (SAM, line search) cannot train rotations: use another "
-            "optimizer, or leave this weight out with options={'exclude': [...]}"
+            f"poetx: {type(_steps.running[-1]).__name__} moved the rotation of '{factor.name}' and ran the model again before "
+            "step() ended. Optimizers that evaluate the model at trial points (SAM, line search) cannot train rotations: use "
+            "another optimizer, or leave this weight out with options={'exclude': [...]}"
         )
     factor.clear()
 
@@ -109,34 +123,34 @@ def _watch_state_dict(optimizer: Optimizer) -> None:
         _hooked.add(optimizer)
 
 
-def _abandon_raised() -> None:
+def _abandon_raised(starting: Optimizer | None = None) -> None:
     """Undo the steps that raised: every ``W`` back in its place, no rotation waiting."""
-    for optimizer in [optimizer for optimizer in _stepping if not is_stepping(optimizer)]:
-        _stepping.remove(optimizer)
+    for optimizer in [optimizer for optimizer in _steps.running if optimizer is starting or not steps_running(optimizer)]:
+        _steps.running.remove(optimizer)
         for factor, _ in _leave(optimizer):
             if not factor.is_clean:
                 factor.clear()
-    if not _stepping:
-        _finished.clear()
+    if not _steps.running:
+        _steps.finished.clear()
 
 
 @torch._dynamo.disable
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if is_stepping(optimizer):  # a subclass calls super().step()
+    if steps_running(optimizer) > 1:  # a subclass calls super().step()
         return
-    _abandon_raised()
+    _abandon_raised(starting=optimizer)
     if factors or optimizer in _loaded:
         _enter(optimizer)
-    _stepping.append(optimizer)
+    _steps.running.append(optimizer)
 
 
 @torch._dynamo.disable
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if optimizer not in _stepping or is_stepping(optimizer):
+    if optimizer not in _steps.running or steps_running(optimizer) > 1:
         return
-    del _stepping[_stepping.index(optimizer) :]
+    del _steps.running[_steps.running.index(optimizer) :]
     stepped = _leave(optimizer)
-    for outer in _stepping:  # a wrapper that goes on finds weights, not rotations that were folded
+    for outer in _steps.running:  # a wrapper that goes on finds weights, not rotations that were folded
         _leave(outer)
     moved = [(factor, group) for factor, group in stepped if factor.q.grad is not None or not factor.is_clean]
     _finite.look([factor for factor, _ in moved])
@@ -144,23 +158,23 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for factor, _ in stepped:
         checkpoint.tag(factor, optimizer.state.get(factor.weight, {}), factor.epoch)
         coverage.forget(factor)
-    _finished.append((optimizer, [factor for factor, _ in moved]))
-    if not _stepping:
+    _steps.finished.append((optimizer, [factor for factor, _ in moved]))
+    if not _steps.running:
         _count()
     coverage.check()
 
 
 def _count() -> None:
     """Count one step for every factor that was moved, whatever wrappers stepped inside one another."""
-    skipped = any(_was_skipped(optimizer) for optimizer, _ in _finished)
-    epochs = {factor: factor.epoch for _, moved in _finished for factor in moved}
+    skipped = any(_was_skipped(optimizer) for optimizer, _ in _steps.finished)
+    epochs = {factor: factor.epoch for _, moved in _steps.finished for factor in moved}
     if not skipped:
         for factor in epochs:
             factor.count_step()
-    for optimizer, moved in _finished:
+    for optimizer, moved in _steps.finished:
         for factor in moved:
             checkpoint.tag(factor, optimizer.state.get(factor.weight, {}), epochs[factor])
-    _finished.clear()
+    _steps.finished.clear()
 
 
 def _slots(optimizer: Optimizer) -> list[tuple[OrthogonalFactor, dict[str, Any]]]:

@@ -415,7 +415,7 @@ class TestCompilations:
         [(Stack, None), (Stack, True), (Stack, False), (Broken, None)],
         ids=["auto", "dynamic", "static", "broken"],
     )
-    @pytest.mark.parametrize("batches", [[4] * 5, [4, 5, 6, 1, 8]], ids=["one batch size", "many batch sizes"])
+    @pytest.mark.parametrize("batches", [[4] * 5, [4, 5, 1, 6]], ids=["one batch size", "many batch sizes"])
     def test_as_many_as_before(self, make: Callable[[int], nn.Module], dynamic: bool | None, batches: list[int]) -> None:
         model = make(2)
         expected = self.train(plain(model, dynamic=dynamic), model, batches)
@@ -582,13 +582,16 @@ class TestParameters:
             check_against_oracle(layer, x)
 
 
-def trained(dtype: torch.dtype, steps: int = 5) -> tuple[Stack, Model, Tensor]:
+def trained(dtype: torch.dtype) -> tuple[Stack, Model, Tensor]:
+    """A model that has left its start, its compiled form and an input."""
     model, x = Stack(2, dtype), torch.randn(8, 32, dtype=dtype)
-    compiled, optimizer = rotating(model), torch.optim.AdamW(model.parameters(), 1e-2)
-    for _ in range(steps):
+    start = copy.deepcopy(model)
+    compiled, optimizer = rotating(model), torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
+    for _ in range(5):
         square(compiled(x)).backward()
         optimizer.step()
         optimizer.zero_grad()
+    assert not any(torch.equal(old, new) for old, new in zip(start.parameters(), model.parameters()))
     return model, compiled, x
 
 
@@ -599,7 +602,6 @@ class TestAgreement:
     def test_raw_forward_state_dict_and_copy(self, dtype: torch.dtype) -> None:
         model, compiled, x = trained(dtype)
         fresh = Stack(2, dtype)
-        assert not torch.equal(fresh(x), compiled(x))
         assert fresh.state_dict().keys() == model.state_dict().keys()
         fresh.load_state_dict(model.state_dict())
         for other in (model, fresh, copy.deepcopy(model), copy.deepcopy(compiled)):

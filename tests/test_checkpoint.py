@@ -226,6 +226,13 @@ class TestResume:
         resumed = Run(permutation_period=2).compile().load(run.save()).train(3, LAST)
         exact(values(resumed.model), values(run.train(3, LAST).model))
 
+    @pytest.mark.parametrize("saved, now", [("fp32", "bf16"), ("fp32", "fp64"), ("fp16", "fp16")])
+    def test_moments_fit_weights_of_another_dtype(self, saved: str, now: str) -> None:
+        file = Run(dtype=DTYPES[saved]).compile().train(0, 4).save()
+        run = Run(dtype=DTYPES[now]).compile().load(file).train(4, LAST)
+        weight = run.model[0].weight
+        assert run.optimizer.state[weight]["exp_avg"].dtype == factor_of(weight).q.dtype
+
     def test_after_a_step_that_raised(self) -> None:
         run = Run(dtype=torch.bfloat16).compile().train(0, 4)
         file = run.save()

@@ -369,6 +369,7 @@ def test_a_weight_may_be_registered_again() -> None:
     assert registry.of_weight(weight) is registry.of_skew(first.q) is None
     second = OrthogonalFactor(weight, "fc.weight", CONFIG)
     registry.add(second)
+    registry.remove(first)
     del first
     gc.collect()
     assert registry.of_weight(weight) is second
@@ -376,6 +377,22 @@ def test_a_weight_may_be_registered_again() -> None:
     gc.collect()
     assert len(registry) == 0
     assert not registry._by_skew
+
+
+def test_the_death_of_a_released_weight_spares_a_factor_whose_q_took_the_place_of_its_own() -> None:
+    registry = Registry()
+    released, first = registered(registry)
+    second = small_factor()
+    registry.remove(first)
+    place, data = id(first.q), second.q.data
+    del first
+    same_place = [q for q in [nn.Parameter(data) for _ in range(100)] if id(q) == place]
+    assert same_place, "no identity was used again: nothing is tested"
+    second.q = same_place[0]
+    registry.add(second)
+    del released
+    gc.collect()
+    assert registry.of_skew(second.q) is second
 
 
 def test_weights_that_come_and_go_leave_nothing() -> None:

@@ -6,7 +6,9 @@ import copy
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -287,6 +289,19 @@ class TestHowScriptsUseThem:
         done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
+    def test_a_compiled_step(self) -> None:
+        make = OPTIMIZERS["SGD, momentum"]
+        model = network()
+        compiled = rotating(model)
+        optimizer = make(model.parameters())
+        step = torch.compile(optimizer.step, backend="aot_eager")
+        for number in range(4):
+            loss(compiled, number).backward()
+            step()
+            optimizer.zero_grad()
+        close(values(model), trained(lambda model: make(model.parameters())))
+        assert factor_of(model[0].weight).steps == 4
+
     @pytest.mark.parametrize("fused", [False, True])
     def test_grad_scaler_and_clipping(self, fused: bool) -> None:
         def run(scaler: torch.amp.GradScaler) -> list[Tensor]:
@@ -383,6 +398,29 @@ class TestHowScriptsUseThem:
         exact(values(twin), values(model))
         assert not torch.equal(values(twin)[0], network(dtype)[0].weight)
 
+    def test_models_that_train_in_threads_of_their_own(self) -> None:
+        class Together(optim.AdamW):
+            def step(self, closure: Any = None) -> Any:
+                both.wait()
+                result = super().step(closure)
+                both.wait()
+                return result
+
+        both = threading.Barrier(2, timeout=60)
+        runs = []
+        for _ in range(2):
+            model = network()
+            compiled = rotating(model)
+            loss(compiled, 0)
+            runs.append(
+                (model, threading.Thread(target=train, args=(compiled, Together(model.parameters(), lr=0.01), range(4))))
+            )
+        for _, thread in runs:
+            thread.start()
+        for model, thread in runs:
+            thread.join()
+            exact(values(model), trained())
+
     def test_an_average_of_weights_made_before_conversion(self) -> None:
         model = network()
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
@@ -429,6 +467,22 @@ class Wrapper(Optimizer):
             self.base.step()
 
 
+@torch.no_grad()
+def lag_behind(parameters: Iterable[Tensor], state: MutableMapping[Any, Any]) -> None:
+    for p in parameters:
+        slow = state[p].setdefault("slow", p.clone()).lerp_(p, 0.5)
+        p.copy_(slow)
+
+
+class Lookahead(Wrapper):
+    """Goes on after the step that it wraps: every parameter goes back half the way to its slow copy."""
+
+    def step(self, closure: None = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            lag_behind(group["params"], self.state)
+
+
 class TestOptimizersOfTheirOwn:
     def test_one_that_writes_data(self) -> None:
         model = network()
@@ -444,6 +498,18 @@ class TestOptimizersOfTheirOwn:
 
     def test_a_wrapper_that_steps_another(self) -> None:
         exact(trained(lambda model: Wrapper(optim.AdamW(model.parameters(), lr=0.01))), trained())
+
+    def test_a_wrapper_that_moves_the_weights_after_the_step(self) -> None:
+        model = network()
+        explicit = Explicit(model)
+        train(rotating(model), Lookahead(optim.AdamW(model.parameters(), lr=0.01)), range(4))
+        optimizer = optim.AdamW(explicit.parameters(), lr=0.01)
+        state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+        for step in range(4):
+            train(explicit, optimizer, [step])
+            explicit.fold()
+            lag_behind(explicit.model.parameters(), state)
+        close(values(model), values(explicit.model))
 
     @pytest.mark.parametrize("times", [1, 2])
     def test_a_wrapped_step_counts_once(self, times: int) -> None:

@@ -62,7 +62,6 @@ def test_every_function_is_pinned_here() -> None:
         "inductor_modes",
         "inductor_option_names",
         "inductor_option_type",
-        "is_stepping",
         "is_tracing",
         "live_optimizers",
         "on_optimizer_state_loaded",
@@ -70,6 +69,7 @@ def test_every_function_is_pinned_here() -> None:
         "replace_grad_attribute",
         "set_own_grad",
         "source_name",
+        "steps_running",
     }
 
 
@@ -335,22 +335,35 @@ def test_an_optimizer_that_is_being_built_is_not_live() -> None:
     HalfBuilt()
 
 
-def test_is_stepping_sees_the_step_of_this_optimizer_only() -> None:
+def test_steps_running_sees_the_step_of_this_optimizer_only() -> None:
     parameter = nn.Parameter(torch.ones(2))
     first, second = SGD([parameter], lr=0.1), SGD([parameter], lr=0.1)
-    seen: list[tuple[bool, bool]] = []
+    seen: list[tuple[int, int]] = []
 
     def closure() -> float:
-        seen.append((_torch.is_stepping(first), _torch.is_stepping(second)))
+        seen.append((_torch.steps_running(first), _torch.steps_running(second)))
         return 0.0
 
     first.step(closure)
     second.step(closure)
     closure()
-    assert seen == [(True, False), (False, True), (False, False)]
+    assert seen == [(1, 0), (0, 1), (0, 0)]
 
 
-def test_is_stepping_after_a_step_that_failed() -> None:
+def test_steps_running_counts_the_step_of_the_base_class_too() -> None:
+    class Derived(SGD):
+        def step(this, closure: Any = None) -> Any:  # noqa: N805 (the name of ``self`` must not matter)
+            return super().step(closure)
+
+    seen: list[int] = []
+    optimizer = Derived([nn.Parameter(torch.ones(2))], lr=0.1)
+    SGD([nn.Parameter(torch.ones(2))], lr=0.1)  # torch hooks a class's step when its first instance is built
+    optimizer.register_step_pre_hook(lambda *_: seen.append(_torch.steps_running(optimizer)))
+    optimizer.step(lambda: seen.append(_torch.steps_running(optimizer)))
+    assert seen == [1, 2, 2]
+
+
+def test_steps_running_after_a_step_that_failed() -> None:
     optimizer = stepped(SGD)
 
     def closure() -> float:
@@ -358,7 +371,7 @@ def test_is_stepping_after_a_step_that_failed() -> None:
 
     with pytest.raises(ZeroDivisionError):
         optimizer.step(closure)
-    assert not _torch.is_stepping(optimizer)
+    assert not _torch.steps_running(optimizer)
 
 
 # --- Distributed wrappers --------------------------------------------------------------------------------------------

@@ -87,7 +87,9 @@ def _pack_kernel(
     tl.store(packed + place, total, mask=upper & (j[None, :] > i[:, None]))
 
 
-def block_gram(left: Tensor, right: Tensor, channels: Tensor, width: int, run: int, tiles: GramTiles | None = None) -> Tensor:
+def block_gram(
+    left: Tensor, right: Tensor, channels: Tensor, width: int, run: int, tiles: GramTiles | None = None
+) -> Tensor:
     """As :func:`.naive.block_gram`, for float32 and half-precision inputs; bitwise repeatable."""
     left, right = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (left, right))
     tokens, blocks = left.shape[0], channels.shape[0] // width

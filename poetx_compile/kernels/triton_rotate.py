@@ -49,10 +49,13 @@ def _encode(weight, residual, offsets, mask, value, KIND: tl.constexpr):
         exponent = tl.maximum((bits >> 23) & 0xFF, 113)
         inverse = ((272 - exponent) << 23).to(tl.float32, bitcast=True)
         steps = (value - high) * inverse
-        steps = tl.minimum(tl.maximum(steps + tl.where(steps < 0, -0.5, 0.5), -127.0), 127.0)
+        whole = tl.floor(steps + 0.5)
+        odd = (whole.to(tl.int32) & 1) == 1
+        whole = tl.where((whole - steps == 0.5) & odd, whole - 1, whole)
+        whole = tl.minimum(tl.maximum(whole, -127.0), 127.0)
         finite = (bits & 0x7F800000) != 0x7F800000
         tl.store(weight + offsets, half, mask=mask)
-        tl.store(residual + offsets, tl.where(finite, steps, 0.0).to(tl.int8), mask=mask)
+        tl.store(residual + offsets, tl.where(finite, whole, 0.0).to(tl.int8), mask=mask)
 
 
 @triton.jit
@@ -149,6 +152,8 @@ def rotate_(
 ) -> None:
     """As :func:`.naive.rotate_`, for contiguous float32 and half-precision weights; no scratch memory.
 
+    Half-precision weights are rounded to their 24 bits after each side.
+
     Args:
         precision: of the products in float32: ``ieee``, ``tf32x3`` (as exact, on tensor cores) or ``tf32``.
     """
@@ -175,3 +180,4 @@ def rotate_(
             _rotate_rows_kernel[grid](weight, residual, rotation, channels, n, **shared)
         else:
             _rotate_columns_kernel[grid](weight, residual, rotation, channels, m, n, RUN=run, **shared)
+    torch.autograd.graph.increment_version([weight] if residual is None else [weight, residual])

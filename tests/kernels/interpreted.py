@@ -40,7 +40,7 @@ def test_block_gram(n: int, block: int, tokens: int, dtype: torch.dtype) -> None
     for tiles in (None, SMALL_GRAM):
         actual = triton_gram.block_gram(left, right, channels, layout.width, layout.run, tiles)
         assert actual.dtype == torch.float32
-        assert relative(actual, expected) < 1e-6 or not tokens and not actual.any()
+        assert relative(actual, expected) < 1e-6 or (not tokens and not actual.any())
 
 
 @given(width=st.sampled_from((16, 32, 48, 80)), count=st.integers(1, 3), log_scale=st.floats(-4, 1))

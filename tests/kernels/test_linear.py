@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from poetx_compile import PoetxConfig
 from poetx_compile.factor import OrthogonalFactor
-from poetx_compile.kernels import LINEAR_VERSION, rotated_linear
+from poetx_compile.kernels import HALF, LINEAR_VERSION, rotated_linear
 
 
 @dataclass
@@ -202,6 +202,16 @@ def test_lower_precision_errs_by_the_rounding_of_activations(
     assert ((dq.double() - exact_dq).abs() <= bound).all()
     unit = torch.finfo(dtype).eps / 2
     assert ((dx.double() - exact_dx).abs() <= unit * exact_dx.abs() + sum_of_products * lengths**2).all()
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_bias_alone_turns_nothing(dtype: torch.dtype) -> None:
+    """The output is the bias, whose part in the Gram sums must go again without a rounding to half precision."""
+    factor = small_factor(10, 12, dtype=dtype)
+    layer = Layer.of(factor, (40,), dtype=dtype)
+    layer.x = torch.zeros_like(layer.x).requires_grad_()
+    *_, dq = layer.gradients(layer.rotated(factor.q), factor.q)
+    assert dq.abs().max() <= 40 * torch.finfo(torch.float32).eps * 10 * layer.cotangent.float().norm()
 
 
 @pytest.mark.parametrize("with_bias", [True, False])

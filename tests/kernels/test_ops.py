@@ -205,6 +205,7 @@ def test_rotate_on_a_device(device: str, dtype: torch.dtype, sides: str) -> None
     got = decode(weight, residual).double().cpu()
     stored = {torch.bfloat16: 2.0**-16, torch.float16: 2.0**-18, torch.float32: 2.0**-23, torch.float64: 2.0**-52}[dtype]
     summed = 1e-14 if dtype == torch.float64 else 2e-6
+    stored *= 2 if sides == "both" and device == "cuda" else 1  # Triton stores after each side
     assert ((got - exact[0]).abs() <= stored * exact[0].abs() + summed * exact[0].abs().max()).all()
 
 
