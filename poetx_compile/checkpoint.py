@@ -34,8 +34,10 @@ def is_saved(entry: Entry) -> bool:
 
 
 def is_current(factor: OrthogonalFactor, entry: Entry) -> bool:
-    """Whether a live entry was made with the permutations that the factor has now."""
-    return bool(entry["poetx_moments"] == factor.epoch)
+    """Whether a live entry was made with the permutations that the factor has now, or does not depend on them."""
+    return entry["poetx_moments"] == factor.epoch or not any(
+        torch.is_tensor(value) and value.shape == factor.q.shape for value in entry.values()
+    )
 
 
 def tag(factor: OrthogonalFactor, entry: Entry, moments: int) -> None:

@@ -499,16 +499,20 @@ class TestOptimizersOfTheirOwn:
     def test_a_wrapper_that_steps_another(self) -> None:
         exact(trained(lambda model: Wrapper(optim.AdamW(model.parameters(), lr=0.01))), trained())
 
-    def test_a_wrapper_that_moves_the_weights_after_the_step(self) -> None:
+    @pytest.mark.parametrize("period", [0, 2])
+    def test_a_wrapper_that_moves_the_weights_after_the_step(self, period: int) -> None:
+        make = OPTIMIZERS["AdamW"]
         model = network()
         explicit = Explicit(model)
-        train(rotating(model), Lookahead(optim.AdamW(model.parameters(), lr=0.01)), range(4))
-        optimizer = optim.AdamW(explicit.parameters(), lr=0.01)
-        state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
-        for step in range(4):
+        train(rotating(model, permutation_period=period), Lookahead(make(model.parameters())), range(5))
+        optimizer = make(explicit.parameters())
+        slow: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+        for step in range(5):
             train(explicit, optimizer, [step])
             explicit.fold()
-            lag_behind(explicit.model.parameters(), state)
+            lag_behind(explicit.model.parameters(), slow)
+            if period and step % period == period - 1:
+                explicit.redraw(optimizer, make(explicit.parameters()))
         close(values(model), values(explicit.model))
 
     @pytest.mark.parametrize("times", [1, 2])
