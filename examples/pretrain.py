@@ -73,7 +73,7 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(192, 512, 4, 4, 4, steps=300, batch=16, seq=128, block_size=64),
+    "tiny": Size(128, 384, 4, 4, 4, steps=400, batch=16, seq=128, lr=4e-3, adamw_lr=4e-3, block_size=64),
     "60m": Size(512, 1280, 8, 8, 8),
     "130m": Size(768, 2048, 12, 12, 12),
     "350m": Size(1024, 2736, 24, 16, 16),
