@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from record import Row
 
 _STYLES = {"poetx": ("#0b6e99", "POET-X"), "adamw": ("#c8553d", "AdamW")}
-_SMOOTHED = 5
+_NEIGHBOURS = 2
 
 
 def draw(path: Path, rows: Sequence[Row], title: str) -> None:
@@ -45,6 +45,6 @@ def _draw_method(axes: Axes, color: str, label: str, rows: list[Row]) -> None:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Each value averaged with the few before it."""
-    windows = (values[max(0, end - _SMOOTHED) : end] for end in range(1, len(values) + 1))
+    """Each value averaged with its neighbours on both sides."""
+    windows = [values[max(0, here - _NEIGHBOURS) : here + _NEIGHBOURS + 1] for here in range(len(values))]
     return [sum(window) / len(window) for window in windows]
