@@ -73,7 +73,7 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(128, 384, 4, 4, 4, steps=400, batch=16, seq=128, lr=4e-3, adamw_lr=4e-3, block_size=64),
+    "tiny": Size(128, 384, 4, 4, 4, steps=300, batch=16, seq=128, lr=4e-3, adamw_lr=4e-3, block_size=64),
     "60m": Size(512, 1280, 8, 8, 8),
     "130m": Size(768, 2048, 12, 12, 12),
     "350m": Size(1024, 2736, 24, 16, 16),
@@ -112,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = plan(args, corpus)
     if args.resume and not any((args.out / f"{run.method}.pt").exists() for run in runs):
         sys.exit(f"pretrain: --resume finds no checkpoint in {args.out}")
+    if args.out.is_file():
+        sys.exit(f"pretrain: --out {args.out} is a file, and must be a folder")
     args.out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for run in runs:
@@ -316,6 +318,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--inner", choices=("inductor", "aot_eager"), default="inductor", help="inner compiler, for debugging")
     args = parser.parse_args(argv)
     on_gpu = args.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU")
     args.config = args.config or ("130m" if on_gpu else "tiny")
     defaults = dataclasses.asdict(SIZES[args.config])
     defaults |= {"dtype": "bfloat16" if on_gpu else "float32", "out": Path("runs", args.config)}

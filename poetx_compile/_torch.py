@@ -151,6 +151,13 @@ def on_optimizer_state_loaded(note: Callable[[Optimizer], None]) -> None:
     Optimizer.__setstate__ = noting  # type: ignore[method-assign]
 
 
+def run_first_after_step(optimizer: Optimizer, hook: Callable[[Optimizer, Any, Any], None]) -> None:
+    """Run a hook after each ``step()`` before those that the user registered on the same optimizer."""
+    handle = optimizer.register_step_post_hook(hook)
+    hooks: Any = optimizer._optimizer_step_post_hooks
+    hooks.move_to_end(handle.id, last=False)
+
+
 def live_optimizers() -> Iterator[Optimizer]:
     """Every optimizer alive in this process. Walks the garbage collector's list: not for a hot path."""
     for thing in gc.get_objects():

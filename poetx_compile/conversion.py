@@ -12,7 +12,7 @@ from ._torch import active_ddp, distributed_wrapper
 from .config import PoetxConfig
 from .errors import PoetxError
 from .factor import OrthogonalFactor, factors
-from .passes import Skip, SkipReason, unfit
+from .passes import Skip, SkipReason, is_named, unfit
 
 _skipped: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _BINDING = {
@@ -24,7 +24,7 @@ _BINDING = {
     SkipReason.GRADIENT_HOOK,
     SkipReason.ZERO,
 }
-_OF_LAYOUT = ("block_size", "chunk", "scale", "seed")
+_FIXED = ("block_size", "chunk", "scale", "seed", "permutation_period")
 
 
 def adopt(weight: nn.Parameter, name: str, config: PoetxConfig) -> OrthogonalFactor:
@@ -39,13 +39,18 @@ def adopt(weight: nn.Parameter, name: str, config: PoetxConfig) -> OrthogonalFac
         gradient.attach(factor)
         _skipped.pop(weight, None)
         return factor
-    for field in _OF_LAYOUT:
+    for field in _FIXED:
         before, now = getattr(factor.config, field), getattr(config, field)
         if before != now:
             raise PoetxError(
                 f"poetx: '{factor.name}' was converted with {field}={before} and is now compiled with {field}={now}; use "
                 "one setting for every compilation of a model, or call poetx_compile.restore(model) between"
             )
+    if is_named(name, config.exclude):
+        raise PoetxError(
+            f"poetx: '{factor.name}' was converted before and is excluded now; exclude it from the first compilation on, or call "
+            "poetx_compile.restore(model) between"
+        )
     return factor
 
 

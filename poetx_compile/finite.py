@@ -12,12 +12,14 @@ from torch import Tensor
 from .errors import PoetxWarning
 from .factor import OrthogonalFactor
 
+_Question = tuple[Tensor, torch.cuda.Event | None, list[weakref.ref[OrthogonalFactor]]]
+
 
 class FiniteWatch:
     """Looks at each step's ``q``. On a GPU the answer is read one step later, when it has arrived."""
 
     def __init__(self) -> None:
-        self._asked: list[tuple[Tensor, torch.cuda.Event | None, list[OrthogonalFactor]]] = []
+        self._asked: list[_Question] = []
         self._told: weakref.WeakSet[OrthogonalFactor] = weakref.WeakSet()
 
     def look(self, stepped: list[OrthogonalFactor]) -> None:
@@ -27,23 +29,25 @@ class FiniteWatch:
             by_device[factor.q.device].append(factor)
         with torch.no_grad():
             for device, group in by_device.items():
+                asked = [weakref.ref(factor) for factor in group]
                 sizes = torch.stack(torch._foreach_norm([factor.q for factor in group]))
                 if device.type == "cuda":
                     arrived = torch.cuda.Event()
                     answer = sizes.to("cpu", non_blocking=True)
                     arrived.record(torch.cuda.current_stream(device))
-                    self._asked.append((answer, arrived, group))
+                    self._asked.append((answer, arrived, asked))
                 else:
-                    self._asked.append((sizes, None, group))
+                    self._asked.append((sizes, None, asked))
         self._read()
 
     def _read(self) -> None:
-        waiting: list[tuple[Tensor, torch.cuda.Event | None, list[OrthogonalFactor]]] = []
-        for answer, arrived, group in self._asked:
+        waiting: list[_Question] = []
+        for answer, arrived, asked in self._asked:
             if arrived is None or arrived.query():
-                self._tell([factor for factor, size in zip(group, answer.tolist()) if not size < float("inf")])
+                bad = [factor() for factor, size in zip(asked, answer.tolist()) if not size < float("inf")]
+                self._tell([factor for factor in bad if factor is not None])
             else:
-                waiting.append((answer, arrived, group))
+                waiting.append((answer, arrived, asked))
         self._asked = waiting
 
     def _tell(self, bad: list[OrthogonalFactor]) -> None:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from . import checkpoint, coverage
-from ._torch import live_optimizers, on_optimizer_state_loaded, steps_running
+from ._torch import live_optimizers, on_optimizer_state_loaded, run_first_after_step, steps_running
 from .errors import PoetxError
 from .factor import OrthogonalFactor, factors, retract_all
 from .finite import FiniteWatch
@@ -114,12 +114,13 @@ def check_can_step(optimizer: Optimizer, wanted: Iterable[OrthogonalFactor]) -> 
 
 def _note_loaded(optimizer: Optimizer) -> None:
     _loaded.add(optimizer)
-    _watch_state_dict(optimizer)
+    _hook(optimizer)
 
 
-def _watch_state_dict(optimizer: Optimizer) -> None:
+def _hook(optimizer: Optimizer) -> None:
     if optimizer not in _hooked:
         optimizer.register_state_dict_post_hook(checkpoint.encode)
+        run_first_after_step(optimizer, _after_step)  # so that the user's own hooks see weights, folded
         _hooked.add(optimizer)
 
 
@@ -200,6 +201,8 @@ def _enter(optimizer: Optimizer) -> None:
         if (factor := factors.of_weight(parameter) or factors.of_skew(parameter)) is not None
     ]
     entries = [_usable_entry(optimizer, group, factor) for group, _, factor in slots]
+    if optimizer in _loaded:
+        _refuse_orphans(optimizer)
     for (group, index, factor), entry in zip(slots, entries):
         parameters = group["params"]
         if parameters[index] is factor.weight:  # a wrapper that shares its groups put q there already
@@ -210,7 +213,19 @@ def _enter(optimizer: Optimizer) -> None:
         if entry:
             optimizer.state[factor.q] = entry
     if slots:
-        _watch_state_dict(optimizer)
+        _hook(optimizer)
+
+
+def _refuse_orphans(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            entry = optimizer.state.get(parameter, {})
+            if checkpoint.is_saved(entry) and factors.of_weight(parameter) is None and parameter.grad is not None:
+                raise PoetxError(
+                    f"poetx: the loaded state of {type(optimizer).__name__} holds a rotation for a weight of shape "
+                    f"{tuple(parameter.shape)}, which this run trains as an ordinary one. Compile with the options of the run "
+                    "that saved it, or load only the model's state_dict"
+                )
 
 
 def _usable_entry(optimizer: Optimizer, group: dict[str, Any], factor: OrthogonalFactor) -> checkpoint.Entry | None:

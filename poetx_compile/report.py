@@ -63,7 +63,7 @@ class Row:
         return torch.Size(self.shape).numel()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """All parameters of a model, each exactly once, in the order of ``model.named_parameters()``.
 
@@ -97,6 +97,9 @@ class Report:
         text = io.StringIO()
         self.print(Console(width=_WIDTH, file=text))
         return text.getvalue()
+
+    def __repr__(self) -> str:
+        return f"<Report: {len(self.rows)} parameters, {self.coverage:.1%} of their numbers rotated>"
 
     def _parameters(self) -> Table:
         table = Table(title=f"poetx: {self.coverage:.1%} of all parameters are rotated", title_justify="left")

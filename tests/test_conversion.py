@@ -39,16 +39,23 @@ class TestAdopt:
         factor = conversion.adopt(weight, "fc.weight", CONFIG)
         assert conversion.adopt(weight, "elsewhere", CONFIG) is factor is factors.of_weight(weight)
 
-    @pytest.mark.parametrize(("field", "other"), [("block_size", 32), ("chunk", 4), ("scale", 0.5), ("seed", 1)])
+    @pytest.mark.parametrize(
+        ("field", "other"), [("block_size", 32), ("chunk", 4), ("scale", 0.5), ("seed", 1), ("permutation_period", 7)]
+    )
     def test_other_settings_are_refused(self, weight: nn.Parameter, field: str, other: float) -> None:
         conversion.adopt(weight, "fc.weight", CONFIG)
         with pytest.raises(PoetxError, match=f"'fc.weight' was converted with {field}=.* now compiled with {field}={other}"):
             conversion.adopt(weight, "fc.weight", PoetxConfig(**OPTIONS | {field: other}))
 
-    @pytest.mark.parametrize(("field", "other"), [("route", "dense"), ("permutation_period", 7), ("exclude", ("a",))])
+    @pytest.mark.parametrize(("field", "other"), [("route", "dense"), ("exclude", ("a",)), ("heads", ())])
     def test_settings_that_leave_the_blocks_alone_may_change(self, weight: nn.Parameter, field: str, other: object) -> None:
         factor = conversion.adopt(weight, "fc.weight", CONFIG)
         assert conversion.adopt(weight, "fc.weight", PoetxConfig(**OPTIONS | {field: other})) is factor
+
+    def test_a_converted_weight_cannot_be_excluded_later(self, weight: nn.Parameter) -> None:
+        conversion.adopt(weight, "fc.weight", CONFIG)
+        with pytest.raises(PoetxError, match=r"'fc.weight' was converted before and is excluded now"):
+            conversion.adopt(weight, "fc.weight", PoetxConfig(**OPTIONS | {"exclude": ("fc",)}))
 
     def test_a_factor_goes_with_its_weight(self) -> None:
         gc.collect()

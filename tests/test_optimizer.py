@@ -657,3 +657,17 @@ class TestRefusals:
         optimizer.zero_grad()
         loss(compiled, 0)
         self.after_refusal(model, optimizer, before)
+
+
+def test_a_users_hook_after_the_step_sees_the_folded_weight() -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    seen: list[Tensor] = []
+    optimizer.register_step_post_hook(
+        lambda opt, args, kwargs: seen.append(opt.param_groups[0]["params"][0].detach().clone())
+    )
+    for step in range(2):
+        loss(rotating(model), step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(seen[step], model[0].weight)

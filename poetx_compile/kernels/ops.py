@@ -26,7 +26,8 @@ def _block_gram(left: Tensor, right: Tensor, channels: Tensor, width: int, run: 
     if _fits(left, width):
         from . import triton_gram
 
-        return triton_gram.block_gram(left, right, channels, width, run)
+        with torch.cuda.device(left.device):
+            return triton_gram.block_gram(left, right, channels, width, run)
     return naive.block_gram(left, right, channels, width)
 
 
@@ -34,7 +35,8 @@ def _cayley_neumann(skew: Tensor, width: int, scale: float) -> Tensor:
     if _fits(skew, width):
         from . import triton_cayley
 
-        return triton_cayley.cayley_neumann(skew, width, scale)
+        with torch.cuda.device(skew.device):
+            return triton_cayley.cayley_neumann(skew, width, scale)
     return naive.cayley_neumann(skew, width, scale)
 
 
@@ -51,7 +53,8 @@ def _rotate_(
     if _fits(weight, *widths) and weight.is_contiguous():
         from . import triton_rotate
 
-        triton_rotate.rotate_(weight, residual, rows, row_channels, columns, column_channels, run)
+        with torch.cuda.device(weight.device):
+            triton_rotate.rotate_(weight, residual, rows, row_channels, columns, column_channels, run)
     else:
         naive.rotate_(weight, residual, rows, row_channels, columns, column_channels)
 

@@ -163,7 +163,7 @@ def rotate_(
         if rotation is None:
             continue
         blocks, width, _ = rotation.shape
-        chosen = tiles or rotate_tiles(width, weight.element_size())
+        chosen = tiles or rotate_tiles(width)
         grid = (blocks, triton.cdiv(across, chosen.across))
         padded = max(16, triton.next_power_of_2(width))
         shared = {

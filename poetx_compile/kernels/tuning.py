@@ -41,7 +41,7 @@ def gram_tiles(width: int, tokens: int, blocks: int, device: torch.device) -> Gr
     return GramTiles(i, j, 32, max(1, min(splits, tokens // 256)), warps, stages)
 
 
-def rotate_tiles(width: int, itemsize: int) -> RotateTiles:
+def rotate_tiles(width: int) -> RotateTiles:
     """Tiles for the rotation of one side by blocks of ``width`` channels."""
     return RotateTiles(64 if width > 64 else 32, 32 if width > 16 else 16, 8 if width > 64 else 4, 2)
 

@@ -3,9 +3,9 @@
 normalize -> uses -> match -> plan -> rewrite
 """
 
-from .match import LinearMatch, Skip, SkipReason, match, unfit
+from .match import LinearMatch, Skip, SkipReason, is_named, match, unfit
 from .normalize import normalize
 from .plan import choose_route
 from .rewrite import rewrite
 
-__all__ = ["LinearMatch", "Skip", "SkipReason", "choose_route", "match", "normalize", "rewrite", "unfit"]
+__all__ = ["LinearMatch", "Skip", "SkipReason", "choose_route", "is_named", "match", "normalize", "rewrite", "unfit"]
