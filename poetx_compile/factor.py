@@ -99,11 +99,11 @@ class OrthogonalFactor:
         """Fold the rotation that stands in ``q`` into the weight, and zero ``q``; see :func:`retract_all`."""
         retract_all([(self, gain)])
 
-    def skews(self) -> Iterator[tuple[Tensor, int]]:
-        """The packed skew parameters, and the block width, of each side that is rotated: rows, then columns."""
+    def skews(self) -> Iterator[tuple[Tensor, BlockLayout]]:
+        """The packed skew parameters, and the blocks, of each side that is rotated: rows, then columns."""
         for packed, side in zip(self.q.split((self.rows.skew, self.columns.skew)), (self.rows, self.columns)):
             if side.count:
-                yield packed, side.width
+                yield packed, side
 
     def fold(self, rotations: Sequence[Tensor]) -> None:
         """``W ← (I + E_rows) W (I + E_columns)``, and ``q ← 0``.
@@ -205,17 +205,19 @@ def retract_all(work: Iterable[tuple[OrthogonalFactor, float]]) -> None:
 
 
 def _retract_batch(batch: list[tuple[OrthogonalFactor, float]]) -> None:
-    groups: dict[tuple[Any, ...], list[tuple[OrthogonalFactor, int, Tensor]]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[tuple[OrthogonalFactor, int, int, Tensor]]] = defaultdict(list)
     for factor, gain in batch:
-        for side, (packed, width) in enumerate(factor.skews()):
-            groups[width, gain * factor.config.scale, packed.device, packed.dtype].append((factor, side, packed))
+        for place, (packed, side) in enumerate(factor.skews()):
+            groups[side.width, gain * factor.config.scale, packed.device, packed.dtype].append(
+                (factor, place, side.count, packed)
+            )
     rotations: dict[tuple[OrthogonalFactor, int], Tensor] = {}
     for (width, scale, *_), members in groups.items():
         turned = kernels.cayley_neumann(torch.cat([packed for *_, packed in members]), width, scale)
-        blocks = [packed.numel() // (width * (width - 1) // 2) for *_, packed in members]
-        rotations.update({(factor, side): e for (factor, side, _), e in zip(members, turned.split(blocks))})
+        parts = turned.split([count for _, _, count, _ in members])
+        rotations.update({(factor, place): part for (factor, place, *_), part in zip(members, parts)})
     for factor, _ in batch:
-        factor.fold([rotations[factor, side] for side, _ in enumerate(factor.skews())])
+        factor.fold([rotations[factor, place] for place, _ in enumerate(factor.skews())])
 
 
 class Registry:

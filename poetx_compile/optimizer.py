@@ -102,7 +102,7 @@ def check_can_step(optimizer: Optimizer, wanted: Iterable[OrthogonalFactor]) -> 
     """Raises:
     PoetxError: this optimizer does not hold one of the weights, or cannot train a rotation.
     """
-    held = {factor: group for factor, group in _slots(optimizer)}
+    held = {factor: group for factor, group, _ in _slots(optimizer)}
     for factor in wanted:
         if factor not in held:
             raise PoetxError(
@@ -178,12 +178,12 @@ def _count() -> None:
     _steps.finished.clear()
 
 
-def _slots(optimizer: Optimizer) -> list[tuple[OrthogonalFactor, dict[str, Any]]]:
-    """The factors whose weight, or ``q``, an optimizer holds, each with its group."""
+def _slots(optimizer: Optimizer) -> list[tuple[OrthogonalFactor, dict[str, Any], int]]:
+    """The factors whose weight, or ``q``, an optimizer holds, each with its group and its place there."""
     return [
-        (factor, group)
+        (factor, group, index)
         for group in optimizer.param_groups
-        for parameter in group["params"]
+        for index, parameter in enumerate(group["params"])
         if (factor := factors.of_weight(parameter) or factors.of_skew(parameter)) is not None
     ]
 
@@ -194,16 +194,11 @@ def _enter(optimizer: Optimizer) -> None:
     Raises:
         PoetxError: this optimizer, or its state, cannot train a rotation. Nothing was changed then.
     """
-    slots = [
-        (group, index, factor)
-        for group in optimizer.param_groups
-        for index, parameter in enumerate(group["params"])
-        if (factor := factors.of_weight(parameter) or factors.of_skew(parameter)) is not None
-    ]
-    entries = [_usable_entry(optimizer, group, factor) for group, _, factor in slots]
+    slots = _slots(optimizer)
+    entries = [_usable_entry(optimizer, group, factor) for factor, group, _ in slots]
     if optimizer in _loaded:
         _refuse_orphans(optimizer)
-    for (group, index, factor), entry in zip(slots, entries):
+    for (factor, group, index), entry in zip(slots, entries):
         parameters = group["params"]
         if parameters[index] is factor.weight:  # a wrapper that shares its groups put q there already
             if not factor.is_clean:
@@ -264,15 +259,12 @@ def _fresh_entry(
 
 def _leave(optimizer: Optimizer) -> list[tuple[OrthogonalFactor, dict[str, Any]]]:
     """Put every ``W`` back in its place. Returns the factors that took part, each with its group."""
-    for group in optimizer.param_groups:
-        for index, parameter in enumerate(group["params"]):
-            factor = factors.of_skew(parameter) or factors.of_weight(parameter)
-            if factor is None:
-                continue
-            group["params"][index] = factor.weight
-            if factor.q in optimizer.state:
-                optimizer.state[factor.weight] = optimizer.state.pop(factor.q)
-    return _slots(optimizer)
+    slots = _slots(optimizer)
+    for factor, group, index in slots:
+        group["params"][index] = factor.weight
+        if factor.q in optimizer.state:
+            optimizer.state[factor.weight] = optimizer.state.pop(factor.q)
+    return [(factor, group) for factor, group, _ in slots]
 
 
 def _names(optimizer: Optimizer) -> list[str]:

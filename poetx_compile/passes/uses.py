@@ -12,40 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-VIEWS = {
-    *(
-        "t",
-        "transpose",
-        "permute",
-        "swapaxes",
-        "view",
-        "reshape",
-        "contiguous",
-        "flatten",
-        "unflatten",
-        "unsqueeze",
-        "squeeze",
-    ),
-    *(
-        "expand",
-        "chunk",
-        "split",
-        "unbind",
-        "narrow",
-        "select",
-        "clone",
-        "to",
-        "type",
-        "type_as",
-        "float",
-        "half",
-        "bfloat16",
-    ),
-    *("double", "view_as", "reshape_as", "expand_as", "adjoint", "swapdims"),
-    *(torch.t, torch.transpose, torch.permute, torch.swapaxes, torch.reshape, torch.flatten, torch.unsqueeze, torch.squeeze),
-    *(torch.chunk, torch.split, torch.unbind, torch.narrow, torch.select, torch.clone, torch.cat, torch.concat, torch.stack),
-    *(torch.unflatten, operator.getitem),
-}
+_VIEW_METHODS = """
+    t transpose permute swapaxes swapdims adjoint view view_as reshape reshape_as flatten unflatten unsqueeze squeeze expand
+    expand_as contiguous chunk split unbind narrow select clone to type type_as float half bfloat16 double
+"""
+_VIEW_FUNCTIONS = (
+    *(torch.t, torch.transpose, torch.permute, torch.swapaxes, torch.reshape, torch.flatten, torch.unflatten),
+    *(torch.unsqueeze, torch.squeeze, torch.chunk, torch.split, torch.unbind, torch.narrow, torch.select, torch.clone),
+    *(torch.cat, torch.concat, torch.stack, operator.getitem),
+)
+VIEWS = {*_VIEW_METHODS.split(), *_VIEW_FUNCTIONS}
 """Ops that hand on a weight's values, in another shape, order or dtype."""
 
 TRANSPOSED = ("T", "mT", "H", "mH")
