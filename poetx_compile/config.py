@@ -12,8 +12,11 @@ from ._torch import inductor_modes, inductor_option_names, inductor_option_type
 from .errors import PoetxError
 
 ROUTES = ("auto", "gram", "dense")
+PRECISIONS = ("auto", "ieee", "tf32x3", "tf32")
 INNER = ("inductor", "aot_eager")
 HEADS = ("lm_head", "head", "heads", "classifier", "score", "embed_out", "output_projection")
+
+_COALESCED = 32
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,9 @@ class PoetxConfig:
     block_size: int = 256
     """Largest block of channels that one orthogonal factor rotates. Larger: more freedom, more memory for ``q``."""
 
-    chunk: int = 16
-    """Channels that a permutation moves together. 1 is the papers' uniform permutation; 16 keeps reads coalesced."""
+    chunk: int = 0
+    """Channels that a permutation moves together. 1 is the papers' uniform permutation; 0 takes 32, which keeps reads
+    coalesced, or a whole block where that is smaller."""
 
     scale: float = 1.0
     """``s``: a block's skew matrix is ``s`` times what the optimizer wrote. Sets how fast rotations learn."""
@@ -48,6 +52,9 @@ class PoetxConfig:
     route: str = "auto"
     """How gradients of ``q`` are made: ``gram`` from activations, ``dense`` from the weight's gradient, or ``auto``."""
 
+    precision: str = "auto"
+    """Of the products that make and apply rotations on a GPU: ``ieee``, ``tf32x3``, ``tf32``, or ``auto`` by weight."""
+
     inner: str = "inductor"
     """What compiles the rewritten graph: ``inductor``, or ``aot_eager`` for debugging."""
 
@@ -62,8 +69,10 @@ class PoetxConfig:
                 expected = type(field.default).__name__
                 raise PoetxError(f"poetx: option {field.name!r} must be {expected}, not {value!r}")
             object.__setattr__(self, field.name, value)
+        if self.chunk == 0:
+            object.__setattr__(self, "chunk", max(1, min(self.block_size, _COALESCED)))
         self._check_numbers()
-        for name, choices in (("route", ROUTES), ("inner", INNER)):
+        for name, choices in (("route", ROUTES), ("precision", PRECISIONS), ("inner", INNER)):
             if getattr(self, name) not in choices:
                 raise PoetxError(f"poetx: option {name!r} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
 

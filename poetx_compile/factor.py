@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 ROWS, COLUMNS = 0, 1
 
-_SKEWS_PER_BATCH = 1 << 24
-"""Skew parameters whose rotations are made at once: bounds the scratch memory of a retraction (about 1 GB)."""
+_SKEWS_PER_BATCH = 1 << 22
+"""Skew parameters whose rotations are made at once: bounds the scratch memory of a retraction (about 100 MB)."""
 
 
 class OrthogonalFactor:
@@ -73,6 +73,13 @@ class OrthogonalFactor:
         return self.q._version == self._clean
 
     @property
+    def precision(self) -> str:
+        """Of the products that make and apply rotations, on a GPU: by default that of the 24 bits, or 16, of the weight."""
+        if self.config.precision != "auto":
+            return self.config.precision
+        return "tf32" if self.residual is not None else "tf32x3"
+
+    @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """What a rewritten graph takes beside the weight."""
         return self.q, self.row_channels, self.column_channels
@@ -116,7 +123,16 @@ class OrthogonalFactor:
         rows = next(given) if self.rows.count else None
         columns = next(given) if self.columns.count else None
         weight = self.weight
-        kernels.rotate_(weight.data, self.residual, rows, self.row_channels, columns, self.column_channels, self.columns.run)
+        kernels.rotate_(
+            weight.data,
+            self.residual,
+            rows,
+            self.row_channels,
+            columns,
+            self.column_channels,
+            self.columns.run,
+            self.precision,
+        )
         torch.autograd.graph.increment_version(weight)
         self._seen = weight._version
         self.clear()
@@ -208,12 +224,11 @@ def _retract_batch(batch: list[tuple[OrthogonalFactor, float]]) -> None:
     groups: dict[tuple[Any, ...], list[tuple[OrthogonalFactor, int, int, Tensor]]] = defaultdict(list)
     for factor, gain in batch:
         for place, (packed, side) in enumerate(factor.skews()):
-            groups[side.width, gain * factor.config.scale, packed.device, packed.dtype].append(
-                (factor, place, side.count, packed)
-            )
+            key = (side.width, gain * factor.config.scale, factor.precision, packed.device, packed.dtype)
+            groups[key].append((factor, place, side.count, packed))
     rotations: dict[tuple[OrthogonalFactor, int], Tensor] = {}
-    for (width, scale, *_), members in groups.items():
-        turned = kernels.cayley_neumann(torch.cat([packed for *_, packed in members]), width, scale)
+    for (width, scale, precision, *_), members in groups.items():
+        turned = kernels.cayley_neumann(torch.cat([packed for *_, packed in members]), width, scale, precision)
         parts = turned.split([count for _, _, count, _ in members])
         rotations.update({(factor, place): part for (factor, place, *_), part in zip(members, parts)})
     for factor, _ in batch:

@@ -51,7 +51,7 @@ class BlockLayout:
     @property
     def run(self) -> int:
         """Channels that are sure to lie side by side, from a multiple of their number on: what a kernel may read at once."""
-        return math.gcd(self.chunk, 16) if self.features % self.chunk == 0 else 1
+        return math.gcd(self.chunk, 32) if self.features % self.chunk == 0 else 1
 
     def channels(self, key: int, side: int, epoch: int) -> Tensor:
         """Draw the channels of all blocks, in block order: int64 ``[rotated]``, on CPU.

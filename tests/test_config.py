@@ -21,10 +21,10 @@ WRONG = [
     ("block_size", 256.0, "'block_size' must be int, not 256.0"),
     ("block_size", True, "'block_size' must be int, not True"),
     ("block_size", "256", "'block_size' must be int, not '256'"),
-    ("block_size", 250, "block_size 250 is impossible: .* nearest are 240 and 256, or set chunk=1"),
-    ("block_size", 0, "block_size 0 is impossible: .* nearest is 16, or set chunk=1"),
+    ("block_size", 250, "block_size 250 is impossible: .* nearest are 224 and 256, or set chunk=1"),
+    ("block_size", 0, "block_size 0 is impossible: .* nearest is 2"),
     ("block_size", -32, "block_size -32 is impossible"),
-    ("chunk", 0, "'chunk' must be at least 1, not 0"),
+    ("chunk", -1, "'chunk' must be at least 1, not -1"),
     ("chunk", 2.0, "'chunk' must be int"),
     ("chunk", 24, "multiple of chunk .24.* nearest are 240 and 264"),
     ("scale", 0.0, "'scale' must be positive and finite, not 0.0"),
@@ -42,6 +42,7 @@ WRONG = [
     ("heads", 5, "'heads' must be a list of names, not 5"),
     ("route", "fast", "'route' must be one of auto, gram, dense, not 'fast'"),
     ("route", None, "'route' must be str"),
+    ("precision", "fp32", "'precision' must be one of auto, ieee, tf32x3, tf32, not 'fp32'"),
     ("inner", "eager", "'inner' must be one of inductor, aot_eager, not 'eager'"),
 ]
 
@@ -66,8 +67,9 @@ def test_settings_cannot_change_afterwards() -> None:
 def test_defaults() -> None:
     config, patches = split_options(None, None)
     assert config == PoetxConfig() == split_options({}, "default")[0]
-    assert (config.block_size, config.chunk, config.scale, config.permutation_period) == (256, 16, 1.0, 0)
-    assert (config.exclude, config.heads, config.route, config.inner) == ((), HEADS, "auto", "inductor")
+    assert (config.block_size, config.chunk, config.scale, config.permutation_period) == (256, 32, 1.0, 0)
+    assert (config.exclude, config.heads, config.route, config.precision) == ((), HEADS, "auto", "auto")
+    assert config.inner == "inductor"
     assert patches == {}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import weakref
 
@@ -309,7 +310,8 @@ def test_a_weight_of_another_shape_is_refused() -> None:
 @pytest.mark.gpu
 @of_dtypes
 def test_a_factor_follows_its_weight_to_another_device(dtype: torch.dtype) -> None:
-    factor, stays = small_factor(dtype), small_factor(dtype)
+    config = dataclasses.replace(CONFIG, precision="tf32x3")
+    factor, stays = small_factor(dtype, config), small_factor(dtype, config)
     for seed in range(2):
         for each in (factor, stays):
             turn(each, seed)

@@ -52,10 +52,11 @@ def test_kernels_agree_with_their_oracle(shape: str, dtype: torch.dtype) -> None
     rows, columns = BlockLayout.of(features, block, 16), BlockLayout.of(304, block, 16)
     channels = [layout.channels(1, side, 0).cuda() for side, layout in enumerate((rows, columns))]
     left, right = (torch.randn(333, features, device="cuda", dtype=dtype) for _ in range(2))
-    gram = block_gram(left, right, channels[0], rows.width, rows.run)
+    side = [left], [right], [channels[0]], [rows.width], [rows.run]
+    gram = block_gram(*side)
     expected = naive.block_gram(left.double(), right.double(), channels[0], rows.width)
     assert torch.linalg.norm(gram - expected) < 1e-6 * torch.linalg.norm(expected)
-    assert torch.equal(gram, block_gram(left, right, channels[0], rows.width, rows.run))
+    assert torch.equal(gram, block_gram(*side))
 
     skews = [torch.randn(layout.skew, device="cuda") * 3e-3 for layout in (rows, columns)]
     turns = [cayley_neumann(skew, layout.width, 1.0) for skew, layout in zip(skews, (rows, columns))]

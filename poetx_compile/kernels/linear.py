@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .gram import GramSide
 from .ops import block_gram, library
 from .residual import master_dtype
 
-LINEAR_VERSION = 1
+LINEAR_VERSION = 2
 """Counts changes of the backward below: AOTAutograd's cache keys on the op's arguments, not on its code."""
 
 library.define(
@@ -55,26 +56,22 @@ class _RotatedLinear(torch.autograd.Function):
         x2, dx2 = (tensor.reshape(-1, x.shape[-1]) for tensor in (x, dx))  # [N, inputs]
         y2, g2 = (tensor.reshape(-1, y.shape[-1]) for tensor in (y, g))  # [N, outputs]
 
-        sides = list(zip((row_channels, column_channels), ctx.widths, ctx.runs))
-        outputs, inputs = reversed(sides) if ctx.transposed else sides
-        dbias = None
-        skews = []
-        if bias is not None:
-            dbias = g2.sum(0, dtype=master_dtype(g.dtype))
-        if outputs[1]:
-            skew = block_gram(g2, y2, *outputs)
-            if dbias is not None:  # y holds the bias: Σ g yᵀ − (Σ g) cᵀ is the sum without it
-                skew = skew - block_gram(dbias[None], bias[None].to(dbias.dtype), *outputs)
-            skews.append(skew)
-        if inputs[1]:
-            skews.append(block_gram(dx2, x2, *inputs))
-        if ctx.transposed:  # dW is the transpose of the other convention's: so is every outer product
-            skews = [-skew for skew in reversed(skews)]
+        row_width, column_width = ctx.widths
+        row_run, column_run = ctx.runs
+        left_right = ((dx2, x2), (g2, y2)) if ctx.transposed else ((g2, y2), (dx2, x2))
+        rows = GramSide(*left_right[0], row_channels, row_width, row_run)
+        columns = GramSide(*left_right[1], column_channels, column_width, column_run)
+        sides = [side for side in (rows, columns) if side.width]
+        outputs = columns if ctx.transposed else rows
+        dbias = None if bias is None else g2.sum(0, dtype=master_dtype(g.dtype))
+        corrected = (bias, dbias, len(sides) - 1 if ctx.transposed else 0) if outputs.width else ()  # y holds the bias
+        scale = -2 * ctx.scale if ctx.transposed else 2 * ctx.scale  # dW transposed: so is every outer product
+        dq = block_gram(*map(list, zip(*sides)), scale, *corrected)
         return (
             dx if ctx.needs_input_grad[0] else None,
             None,
             dbias.to(bias.dtype) if dbias is not None else None,
-            torch.cat(skews) * (2 * ctx.scale),
+            dq,
             *(None,) * 6,
         )
 

@@ -8,35 +8,54 @@ import torch
 from torch import Tensor
 
 from . import naive
+from .gram import GramSide
 from .residual import master_dtype
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _WIDEST = 512
 
 library = torch.library.Library("poetx", "DEF")
-library.define("block_gram(Tensor left, Tensor right, Tensor channels, int width, int run=1) -> Tensor")
-library.define("cayley_neumann(Tensor skew, int width, float scale) -> Tensor")
+library.define(
+    "block_gram(Tensor[] left, Tensor[] right, Tensor[] channels, int[] width, int[] run, float scale=1.0,"
+    " Tensor? bias=None, Tensor? bias_grad=None, int bias_side=0) -> Tensor"
+)
+library.define("cayley_neumann(Tensor skew, int width, float scale, str precision='tf32x3') -> Tensor")
 library.define(
     "rotate_(Tensor(a!) weight, Tensor(b!)? residual, Tensor? rows, Tensor row_channels, Tensor? columns,"
-    " Tensor column_channels, int run=1) -> ()"
+    " Tensor column_channels, int run=1, str precision='tf32x3') -> ()"
 )
 
 
-def _block_gram(left: Tensor, right: Tensor, channels: Tensor, width: int, run: int = 1) -> Tensor:
-    if _fits(left, width):
+def _block_gram(
+    left: list[Tensor],
+    right: list[Tensor],
+    channels: list[Tensor],
+    width: list[int],
+    run: list[int],
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    bias_grad: Tensor | None = None,
+    bias_side: int = 0,
+) -> Tensor:
+    sides = [GramSide(*side) for side in zip(left, right, channels, width, run)]
+    if _fits(left[0], *width):
         from . import triton_gram
 
-        with torch.cuda.device(left.device):
-            return triton_gram.block_gram(left, right, channels, width, run)
-    return naive.block_gram(left, right, channels, width)
+        with torch.cuda.device(left[0].device):
+            return triton_gram.block_gram(sides, scale, bias, bias_grad, bias_side)
+    skews = [naive.block_gram(*side[:4]) for side in sides]
+    if bias is not None and bias_grad is not None:
+        _, _, biased, block, _ = sides[bias_side]
+        skews[bias_side] -= naive.block_gram(bias_grad[None], bias[None].to(bias_grad.dtype), biased, block)
+    return torch.cat(skews) * scale
 
 
-def _cayley_neumann(skew: Tensor, width: int, scale: float) -> Tensor:
+def _cayley_neumann(skew: Tensor, width: int, scale: float, precision: str = "tf32x3") -> Tensor:
     if _fits(skew, width):
         from . import triton_cayley
 
         with torch.cuda.device(skew.device):
-            return triton_cayley.cayley_neumann(skew, width, scale)
+            return triton_cayley.cayley_neumann(skew, width, scale, precision)
     return naive.cayley_neumann(skew, width, scale)
 
 
@@ -48,14 +67,18 @@ def _rotate_(
     columns: Tensor | None,
     column_channels: Tensor,
     run: int = 1,
+    precision: str = "tf32x3",
 ) -> None:
     widths = [side.shape[-1] for side in (rows, columns) if side is not None]
     if _fits(weight, *widths) and weight.is_contiguous():
         from . import triton_rotate
 
         with torch.cuda.device(weight.device):
-            triton_rotate.rotate_(weight, residual, rows, row_channels, columns, column_channels, run)
+            triton_rotate.rotate_(weight, residual, rows, row_channels, columns, column_channels, run, precision)
     else:
+        rows, columns = (
+            side if side is None or side.dtype != torch.float16 else side.float() / 4096 for side in (rows, columns)
+        )
         naive.rotate_(weight, residual, rows, row_channels, columns, column_channels)
 
 
@@ -71,14 +94,25 @@ for _device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("poetx::block_gram", lib=library)
-def _(left: Tensor, right: Tensor, channels: Tensor, width: int, run: int = 1) -> Tensor:
-    skew = channels.shape[0] // width * (width * (width - 1) // 2)
-    return left.new_empty(skew, dtype=master_dtype(left.dtype))
+def _(
+    left: list[Tensor],
+    right: list[Tensor],
+    channels: list[Tensor],
+    width: list[int],
+    run: list[int],
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    bias_grad: Tensor | None = None,
+    bias_side: int = 0,
+) -> Tensor:
+    skew = sum(GramSide(*side).skew for side in zip(left, right, channels, width, run))
+    return left[0].new_empty(skew, dtype=master_dtype(left[0].dtype))
 
 
 @torch.library.register_fake("poetx::cayley_neumann", lib=library)
-def _(skew: Tensor, width: int, scale: float) -> Tensor:
-    return skew.new_empty(skew.shape[0] // (width * (width - 1) // 2), width, width)
+def _(skew: Tensor, width: int, scale: float, precision: str = "tf32x3") -> Tensor:
+    dtype = torch.float16 if precision == "tf32" and _fits(skew, width) else skew.dtype
+    return skew.new_empty(skew.shape[0] // (width * (width - 1) // 2), width, width, dtype=dtype)
 
 
 @torch.library.register_fake("poetx::rotate_", lib=library)
@@ -90,6 +124,7 @@ def _(
     columns: Tensor | None,
     column_channels: Tensor,
     run: int = 1,
+    precision: str = "tf32x3",
 ) -> None:
     return None
 

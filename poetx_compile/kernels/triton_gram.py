@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
+from .gram import GramSide
 from .residual import master_dtype
-from .tuning import GramTiles, gram_tiles
+from .tuning import GramTiles
 
 
 @triton.jit
 def _gram_kernel(
-    left,  # [N, n]
-    right,  # [N, n]
-    channels,  # [r * WIDTH]
-    partial,  # [splits, r, WIDTH, WIDTH]
+    left_0,  # [N, n₀]
+    right_0,  # [N, n₀]
+    channels_0,  # [r₀ * WIDTH]
+    left_1,  # [N, n₁]
+    right_1,  # [N, n₁]
+    channels_1,  # [r₁ * WIDTH]
+    partial,  # [splits, r₀ + r₁, WIDTH, WIDTH]
     tokens,
-    left_stride,
-    right_stride,
     tokens_per_split,
+    blocks_0,
+    left_stride_0,
+    right_stride_0,
+    left_stride_1,
+    right_stride_1,
     WIDTH: tl.constexpr,
     RUN: tl.constexpr,
     TILE_I: tl.constexpr,
@@ -33,12 +44,17 @@ def _gram_kernel(
     program = tl.program_id(0)
     block = program // tiles
     split = tl.program_id(1)
+    left, right, channels = left_0, right_0, channels_0 + block * WIDTH
+    left_stride, right_stride = left_stride_0, right_stride_0
+    if block >= blocks_0:
+        left, right, channels = left_1, right_1, channels_1 + (block - blocks_0) * WIDTH
+        left_stride, right_stride = left_stride_1, right_stride_1
     i = (program % tiles) // tiles_j * TILE_I + tl.arange(0, TILE_I)
     j = (program % tiles) % tiles_j * TILE_J + tl.arange(0, TILE_J)
     inside_i = i < WIDTH
     inside_j = j < WIDTH
-    channel_i = tl.load(channels + block * WIDTH + i, mask=inside_i, other=0)
-    channel_j = tl.load(channels + block * WIDTH + j, mask=inside_j, other=0)
+    channel_i = tl.load(channels + i, mask=inside_i, other=0)
+    channel_j = tl.load(channels + j, mask=inside_j, other=0)
     if RUN > 1:
         channel_i = tl.max_contiguous(tl.multiple_of(channel_i, RUN), RUN)
         channel_j = tl.max_contiguous(tl.multiple_of(channel_j, RUN), RUN)
@@ -62,11 +78,19 @@ def _gram_kernel(
 @triton.jit
 def _pack_kernel(
     partial,  # [splits, r, WIDTH, WIDTH]
+    bias_grad,  # [n] or nothing
+    bias,  # [n] or nothing
+    channels,  # [biased * WIDTH]
     packed,  # [r * WIDTH * (WIDTH - 1) / 2]
     splits,
+    first_biased,
+    biased,
+    scale,
+    HAS_BIAS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
 ):
+    """``scale · (A − Aᵀ)``; where ``right`` holds a bias ``c``, ``A`` without its part ``(Σ left) cᵀ``."""
     block = tl.program_id(0)
     tile_i = tl.program_id(1)
     tile_j = tl.program_id(2)
@@ -83,33 +107,77 @@ def _pack_kernel(
         a = tl.load(source + i[:, None] * WIDTH + j[None, :], mask=upper, other=0.0)
         b = tl.load(source + j[:, None] * WIDTH + i[None, :], mask=lower, other=0.0)
         total += a - tl.trans(b)
+    if HAS_BIAS:
+        place = block - first_biased
+        is_biased = (place >= 0) & (place < biased)
+        channel_i = tl.load(channels + place * WIDTH + i, mask=is_biased & (i < WIDTH), other=0)
+        channel_j = tl.load(channels + place * WIDTH + j, mask=is_biased & (j < WIDTH), other=0)
+        sum_i = tl.load(bias_grad + channel_i, mask=is_biased & (i < WIDTH), other=0.0)
+        sum_j = tl.load(bias_grad + channel_j, mask=is_biased & (j < WIDTH), other=0.0)
+        bias_i = tl.load(bias + channel_i, mask=is_biased & (i < WIDTH), other=0.0).to(tl.float32)
+        bias_j = tl.load(bias + channel_j, mask=is_biased & (j < WIDTH), other=0.0).to(tl.float32)
+        total -= sum_i[:, None] * bias_j[None, :] - bias_i[:, None] * sum_j[None, :]
     place = block.to(tl.int64) * (WIDTH * (WIDTH - 1) // 2) + (i * (2 * WIDTH - i - 1) // 2 - i - 1)[:, None] + j[None, :]
-    tl.store(packed + place, total, mask=upper & (j[None, :] > i[:, None]))
+    tl.store(packed + place, total * scale, mask=upper & (j[None, :] > i[:, None]))
 
 
 def block_gram(
-    left: Tensor, right: Tensor, channels: Tensor, width: int, run: int, tiles: GramTiles | None = None
+    sides: Sequence[GramSide],
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    bias_grad: Tensor | None = None,
+    bias_side: int = 0,
+    tiles: GramTiles | None = None,
 ) -> Tensor:
-    """As :func:`.naive.block_gram`, for float32 and half-precision inputs; bitwise repeatable."""
-    left, right = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (left, right))
-    tokens, blocks = left.shape[0], channels.shape[0] // width
-    tiles = tiles or gram_tiles(width, tokens, blocks, left.device)
-    per_block = triton.cdiv(width, tiles.i) * triton.cdiv(width, tiles.j)
-    tokens_per_split = triton.cdiv(triton.cdiv(max(tokens, 1), tiles.splits), tiles.t) * tiles.t
+    """As ``poetx::block_gram``, for float32 and half-precision inputs; bitwise repeatable.
+
+    Two sides of one width and number of tokens share their launches where each alone would leave processors idle.
+    """
+    lengths = [side.skew for side in sides]
+    dtype = master_dtype(sides[0].left.dtype)
+    packed = torch.empty(sum(lengths), dtype=dtype, device=sides[0].left.device)
+    alike = {(side.width, side.left.shape[0]) for side in sides}
+    if len(sides) == 2 and len(alike) == 1 and sum(side.blocks for side in sides) <= tuning.processors(packed.device):
+        _gram_sides(sides[0], sides[1], packed, scale, bias, bias_grad, bias_side, tiles)
+    else:
+        for index, (side, output) in enumerate(zip(sides, packed.split(lengths))):
+            _gram_sides(side, None, output, scale, bias if index == bias_side else None, bias_grad, 0, tiles)
+    return packed
+
+
+def _gram_sides(
+    first: GramSide,
+    second: GramSide | None,
+    packed: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    bias_grad: Tensor | None,
+    bias_side: int,
+    tiles: GramTiles | None,
+) -> None:
+    sides = [first] if second is None else [first, second]
+    operands = [_with_unit_stride(tensor) for side in sides for tensor in (side.left, side.right)]
+    tokens, width = first.left.shape[0], first.width
+    blocks = sum(side.blocks for side in sides)
+    tiles = tiles or tuning.gram_tiles(width, packed.device)
+    programs = blocks * triton.cdiv(width, tiles.i) * triton.cdiv(width, tiles.j)
+    splits = tuning.gram_splits(programs, tokens, packed.device)
+    tokens_per_split = triton.cdiv(triton.cdiv(max(tokens, 1), splits), tiles.t) * tiles.t
     splits = triton.cdiv(max(tokens, 1), tokens_per_split)
-    partial = torch.empty(splits, blocks, width, width, dtype=torch.float32, device=left.device)
-    packed = torch.empty(blocks * (width * (width - 1) // 2), dtype=master_dtype(left.dtype), device=left.device)
-    _gram_kernel[(blocks * per_block, splits)](
-        left,
-        right,
-        channels,
+    partial = torch.empty(splits, blocks, width, width, dtype=torch.float32, device=packed.device)
+    last = sides[-1]
+    _gram_kernel[(programs, splits)](
+        *operands[:2],
+        first.channels,
+        *operands[-2:],
+        last.channels,
         partial,
         tokens,
-        left.stride(0),
-        right.stride(0),
         tokens_per_split,
+        first.blocks,
+        *(operand.stride(0) for operand in (*operands[:2], *operands[-2:])),
         WIDTH=width,
-        RUN=run,
+        RUN=math.gcd(*(side.run for side in sides)),
         TILE_I=tiles.i,
         TILE_J=tiles.j,
         TILE_T=tiles.t,
@@ -117,7 +185,25 @@ def block_gram(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    pack_tile = min(64, triton.next_power_of_2(width))
-    sides = triton.cdiv(width, pack_tile)
-    _pack_kernel[(blocks, sides, sides)](partial, packed, splits, WIDTH=width, TILE=pack_tile, num_warps=4)
-    return packed
+    tile = min(64, triton.next_power_of_2(width))
+    per_side = triton.cdiv(width, tile)
+    biased = sides[bias_side]
+    _pack_kernel[(blocks, per_side, per_side)](
+        partial,
+        bias_grad,
+        bias,
+        biased.channels,
+        packed,
+        splits,
+        first.blocks if bias_side else 0,
+        biased.blocks,
+        scale,
+        HAS_BIAS=bias is not None,
+        WIDTH=width,
+        TILE=tile,
+        num_warps=4,
+    )
+
+
+def _with_unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()

@@ -11,23 +11,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_dot import dot, load_rotation, scale_below, split
 from .tuning import RotateTiles, rotate_tiles
 
 
 @triton.jit
-def _decode(weight, residual, offsets, mask, KIND: tl.constexpr):
+def _load(weight, residual, offsets, mask, KIND: tl.constexpr):
+    high = tl.load(weight + offsets, mask=mask, other=0.0)
+    if KIND == 0:
+        low = high
+    else:
+        low = tl.load(residual + offsets, mask=mask, other=0)
+    return high, low
+
+
+@triton.jit
+def _decode(high, low, KIND: tl.constexpr):
     """Float32 of weights and residuals: KIND 0 float32, 1 bfloat16, 2 float16."""
-    value = tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32)
-    if KIND != 0:
-        low = tl.load(residual + offsets, mask=mask, other=0).to(tl.int32)
+    value = high.to(tl.float32)
+    if KIND == 1:
+        low = tl.where(value != 0, low.to(tl.int32) << 8, 0)
+        value = (value.to(tl.int32, bitcast=True) + low).to(tl.float32, bitcast=True)
+    elif KIND == 2:
         bits = value.to(tl.int32, bitcast=True)
         has_residual = (value != 0) & ((bits & 0x7F800000) != 0x7F800000)
-        if KIND == 1:
-            value = (bits + tl.where(has_residual, low << 8, 0)).to(tl.float32, bitcast=True)
-        else:
-            exponent = tl.maximum((bits >> 23) & 0xFF, 113)
-            step = ((exponent - 18) << 23).to(tl.float32, bitcast=True)
-            value = tl.where(has_residual, value + low.to(tl.float32) * step, value)
+        exponent = tl.maximum((bits >> 23) & 0xFF, 113)
+        step = ((exponent - 18) << 23).to(tl.float32, bitcast=True)
+        value = tl.where(has_residual, value + low.to(tl.float32) * step, value)
     return value
 
 
@@ -38,9 +48,8 @@ def _encode(weight, residual, offsets, mask, value, KIND: tl.constexpr):
     elif KIND == 1:
         bits = value.to(tl.int32, bitcast=True)
         upper = (bits + 0x7F + ((bits >> 8) & 1)) >> 8
-        high = (upper + 0x80) >> 8
-        rounded = tl.where(value != value, value, (high << 16).to(tl.float32, bitcast=True))
-        tl.store(weight + offsets, rounded.to(tl.bfloat16), mask=mask)
+        high = tl.where(value == value, (upper + 0x80) >> 8, 0x7FC0)
+        tl.store(weight + offsets, high.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
         tl.store(residual + offsets, (upper - (high << 8)).to(tl.int8), mask=mask)
     else:
         half = value.to(tl.float16)
@@ -59,81 +68,74 @@ def _encode(weight, residual, offsets, mask, value, KIND: tl.constexpr):
 
 
 @triton.jit
-def _rotate_rows_kernel(
-    weight,  # [m, n]
-    residual,  # [m, n] or nothing
-    rotation,  # [r, WIDTH, WIDTH]
-    channels,  # [r * WIDTH]
-    n,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    ACROSS: tl.constexpr,
-    ALONG: tl.constexpr,
-    KIND: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    block = tl.program_id(0)
-    column = tl.program_id(1) * ACROSS + tl.arange(0, ACROSS)
-    inside_column = (column < n)[None, :]
-    i = tl.arange(0, PADDED)
-    inside_i = (i < WIDTH)[:, None]
-    turn = rotation + block.to(tl.int64) * WIDTH * WIDTH
-    change = tl.zeros((PADDED, ACROSS), dtype=tl.float32)
-    for start in range(0, WIDTH, ALONG):
-        k = start + tl.arange(0, ALONG)
-        inside_k = k < WIDTH
-        row = tl.load(channels + block * WIDTH + k, mask=inside_k, other=0).to(tl.int64)
-        part = _decode(weight, residual, row[:, None] * n + column[None, :], inside_k[:, None] & inside_column, KIND)
-        e = tl.load(turn + i[:, None] * WIDTH + k[None, :], mask=inside_i & inside_k[None, :], other=0.0)
-        change = tl.dot(e, part, change, input_precision=PRECISION)
-    row = tl.load(channels + block * WIDTH + i, mask=i < WIDTH, other=0).to(tl.int64)
-    offsets = row[:, None] * n + column[None, :]
-    mask = inside_i & inside_column
-    before = _decode(weight, residual, offsets, mask, KIND)
-    tl.debug_barrier()
-    _encode(weight, residual, offsets, mask, before + change, KIND)
+def _places(channels, i, across, channel_stride, stride, WIDTH: tl.constexpr, RUN: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Offsets into the weight of channels ``i`` of a block, by the places ``across``: ``[i, across]``, or transposed."""
+    channel = tl.load(channels + i, mask=i < WIDTH, other=0)
+    if RUN > 1:
+        channel = tl.max_contiguous(tl.multiple_of(channel, RUN), RUN)
+    if TRANSPOSED:
+        offsets = across[:, None] * stride + channel[None, :] * channel_stride
+    else:
+        offsets = channel[:, None] * channel_stride + across[None, :] * stride
+    return offsets
 
 
 @triton.jit
-def _rotate_columns_kernel(
+def _inside(i, across, size, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr):
+    if TRANSPOSED:
+        mask = (across < size)[:, None] & (i < WIDTH)[None, :]
+    else:
+        mask = (i < WIDTH)[:, None] & (across < size)[None, :]
+    return mask
+
+
+@triton.jit
+def _rotate_kernel(
     weight,  # [m, n]
     residual,  # [m, n] or nothing
     rotation,  # [r, WIDTH, WIDTH]
     channels,  # [r * WIDTH]
-    m,
-    n,
+    size,
+    channel_stride,
+    stride,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     ACROSS: tl.constexpr,
     ALONG: tl.constexpr,
     RUN: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     KIND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     block = tl.program_id(0)
-    row = (tl.program_id(1) * ACROSS + tl.arange(0, ACROSS)).to(tl.int64)
-    inside_row = (row < m)[:, None]
-    j = tl.arange(0, PADDED)
-    inside_j = (j < WIDTH)[None, :]
-    turn = rotation + block.to(tl.int64) * WIDTH * WIDTH
-    change = tl.zeros((ACROSS, PADDED), dtype=tl.float32)
+    rotation += block.to(tl.int64) * WIDTH * WIDTH
+    channels += block * WIDTH
+    across = (tl.program_id(1) * ACROSS + tl.arange(0, ACROSS)).to(tl.int64)
+    k = tl.arange(0, PADDED)
+    everything = _places(channels, k, across, channel_stride, stride, WIDTH, RUN, TRANSPOSED)
+    tile, rest = _load(weight, residual, everything, _inside(k, across, size, WIDTH, TRANSPOSED), KIND)
+    tile = _decode(tile, rest, KIND)
+    scale = scale_below(tile, 11)
+    high, low = split(tile * scale, PRECISION)
+    i = tl.arange(0, ALONG)
+    offsets = _places(channels, i, across, channel_stride, stride, WIDTH, RUN, TRANSPOSED)
+    mask = _inside(i, across, size, WIDTH, TRANSPOSED)
+    before, rest = _load(weight, residual, offsets, mask, KIND)
     for start in range(0, WIDTH, ALONG):
-        k = start + tl.arange(0, ALONG)
-        inside_k = k < WIDTH
-        column = tl.load(channels + block * WIDTH + k, mask=inside_k, other=0)
-        if RUN > 1:
-            column = tl.max_contiguous(tl.multiple_of(column, RUN), RUN)
-        part = _decode(weight, residual, row[:, None] * n + column[None, :], inside_row & inside_k[None, :], KIND)
-        e = tl.load(turn + k[:, None] * WIDTH + j[None, :], mask=inside_k[:, None] & inside_j, other=0.0)
-        change = tl.dot(part, e, change, input_precision=PRECISION)
-    column = tl.load(channels + block * WIDTH + j, mask=j < WIDTH, other=0)
-    if RUN > 1:
-        column = tl.max_contiguous(tl.multiple_of(column, RUN), RUN)
-    offsets = row[:, None] * n + column[None, :]
-    mask = inside_row & inside_j
-    before = _decode(weight, residual, offsets, mask, KIND)
-    tl.debug_barrier()
-    _encode(weight, residual, offsets, mask, before + change, KIND)
+        following = start + ALONG + tl.arange(0, ALONG)
+        offsets_following = _places(channels, following, across, channel_stride, stride, WIDTH, RUN, TRANSPOSED)
+        mask_following = _inside(following, across, size, WIDTH, TRANSPOSED)
+        before_following, rest_following = _load(weight, residual, offsets_following, mask_following, KIND)
+        if TRANSPOSED:
+            inside = (k < WIDTH)[:, None] & (i < WIDTH)[None, :]
+            e_high, e_low = load_rotation(rotation + k[:, None] * WIDTH + i[None, :], inside, PRECISION)
+            change = dot(high, low, e_high, e_low, PRECISION)
+        else:
+            inside = (i < WIDTH)[:, None] & (k < WIDTH)[None, :]
+            e_high, e_low = load_rotation(rotation + i[:, None] * WIDTH + k[None, :], inside, PRECISION)
+            change = dot(e_high, e_low, high, low, PRECISION)
+        _encode(weight, residual, offsets, mask, _decode(before, rest, KIND) + change * (1 / (scale * 4096)), KIND)
+        i, offsets, mask, before, rest = following, offsets_following, mask_following, before_following, rest_following
 
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -155,29 +157,44 @@ def rotate_(
     Half-precision weights are rounded to their 24 bits after each side.
 
     Args:
-        precision: of the products in float32: ``ieee``, ``tf32x3`` (as exact, on tensor cores) or ``tf32``.
+        precision: of the products, as in :func:`.triton_dot.dot`.
     """
     m, n = weight.shape
-    kind = _KINDS[weight.dtype]
-    for rotation, channels, across in ((rows, row_channels, n), (columns, column_channels, m)):
-        if rotation is None:
-            continue
-        blocks, width, _ = rotation.shape
-        chosen = tiles or rotate_tiles(width)
-        grid = (blocks, triton.cdiv(across, chosen.across))
-        padded = max(16, triton.next_power_of_2(width))
-        shared = {
-            "WIDTH": width,
-            "PADDED": padded,
-            "ACROSS": chosen.across,
-            "ALONG": chosen.along,
-            "KIND": kind,
-            "PRECISION": precision,
-            "num_warps": chosen.warps,
-            "num_stages": chosen.stages,
-        }
-        if rotation is rows:
-            _rotate_rows_kernel[grid](weight, residual, rotation, channels, n, **shared)
-        else:
-            _rotate_columns_kernel[grid](weight, residual, rotation, channels, m, n, RUN=run, **shared)
+    if columns is not None:
+        _rotate_side(weight, residual, columns, column_channels, (m, 1, n), run, True, precision, tiles)
+    if rows is not None:
+        _rotate_side(weight, residual, rows, row_channels, (n, n, 1), 1, False, precision, tiles)
     torch.autograd.graph.increment_version([weight] if residual is None else [weight, residual])
+
+
+def _rotate_side(
+    weight: Tensor,
+    residual: Tensor | None,
+    rotation: Tensor,
+    channels: Tensor,
+    geometry: tuple[int, int, int],
+    run: int,
+    transposed: bool,
+    precision: str,
+    tiles: RotateTiles | None,
+) -> None:
+    """One side; ``geometry``: length of the other side, and the strides of this side and of the other."""
+    blocks, width, _ = rotation.shape
+    tiles = tiles or rotate_tiles(width, transposed, precision, weight.device)
+    _rotate_kernel[(blocks, triton.cdiv(geometry[0], tiles.across))](
+        weight,
+        residual,
+        rotation,
+        channels,
+        *geometry,
+        WIDTH=width,
+        PADDED=max(16, triton.next_power_of_2(width)),
+        ACROSS=tiles.across,
+        ALONG=tiles.along,
+        RUN=run,
+        TRANSPOSED=transposed,
+        KIND=_KINDS[weight.dtype],
+        PRECISION=precision,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )

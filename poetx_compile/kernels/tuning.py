@@ -1,28 +1,39 @@
-"""Which tiles the Triton kernels run with, by shape: a table, so that nobody waits for a search in a first step."""
+"""Which tiles the Triton kernels run with: a table by architecture and block width, so that nobody waits for a search.
+
+``python -m poetx_compile bench tune`` measures a table for the GPU at hand; :data:`PLACE` is read where it exists.
+"""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import json
+import os
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+
+PRECISIONS = ("ieee", "tf32x3", "tf32")
+
+PLACE = Path(os.environ.get("POETX_TUNING", Path.home() / ".cache" / "poetx_compile" / "tiles.json"))
+"""Where measured tables are kept: ``{device name: {key: numbers}}``."""
 
 
 @dataclass(frozen=True)
 class GramTiles:
-    """Tile of a Gram block (``i`` × ``j``), tokens a step (``t``), and over how many programs the tokens are split."""
+    """Tile of a Gram block (``i`` × ``j``), and tokens a step (``t``)."""
 
     i: int
     j: int
     t: int
-    splits: int
     warps: int
     stages: int
 
 
 @dataclass(frozen=True)
 class RotateTiles:
-    """Channels of the other side that one program turns (``across``), and the step along the block (``along``)."""
+    """Channels of the other side that one program turns (``across``), and channels of the block it writes at once."""
 
     across: int
     along: int
@@ -30,20 +41,84 @@ class RotateTiles:
     stages: int
 
 
-def gram_tiles(width: int, tokens: int, blocks: int, device: torch.device) -> GramTiles:
-    """Tiles for ``blocks`` Gram matrices of ``width`` channels over ``tokens``."""
-    side = 128 if width > 64 else 64 if width > 32 else 32 if width > 16 else 16
-    wide = width > 192 and tokens >= 4096
-    i, j, warps, stages = (128, 256, 8, 3) if wide else (side, side, 4, 4)
-    programs = blocks * -(-width // i) * -(-width // j)
-    fill = -(-processors(device) // programs)
-    splits = 1 << (fill.bit_length() - 1)
-    return GramTiles(i, j, 32, max(1, min(splits, tokens // 256)), warps, stages)
+Tiles = GramTiles | RotateTiles
+
+_SMALL: dict[str, Tiles] = {
+    "gram/16": GramTiles(16, 16, 32, 4, 4),
+    "gram/32": GramTiles(32, 32, 32, 4, 4),
+    "gram/64": GramTiles(64, 64, 32, 4, 4),
+    **{
+        f"{side}/{precision}/{width}": RotateTiles(32, width, 4, 2)
+        for side in ("rows", "columns")
+        for precision in PRECISIONS
+        for width in (16, 32)
+    },
+}
 
 
-def rotate_tiles(width: int) -> RotateTiles:
-    """Tiles for the rotation of one side by blocks of ``width`` channels."""
-    return RotateTiles(64 if width > 64 else 32, 32 if width > 16 else 16, 8 if width > 64 else 4, 2)
+def _table(gram: tuple[Tiles, Tiles, Tiles], **rotate: tuple[Tiles, Tiles, Tiles, Tiles]) -> dict[str, Tiles]:
+    """Of widths 128, 256 and 512, and of 64 to 512 for ``rows`` and ``columns`` in each precision."""
+    table = _SMALL | {f"gram/{width}": tiles for width, tiles in zip((128, 256, 512), gram)}
+    for name, row in rotate.items():
+        side, precision = name.split("_")
+        table |= {f"{side}/{precision}/{width}": tiles for width, tiles in zip((64, 128, 256, 512), row)}
+    return table
+
+
+def _either_side(**rotate: tuple[Tiles, Tiles, Tiles, Tiles]) -> dict[str, tuple[Tiles, Tiles, Tiles, Tiles]]:
+    return {f"{side}_{precision}": row for side in ("rows", "columns") for precision, row in rotate.items()}
+
+
+_SQUARE = GramTiles(128, 128, 32, 4, 4)
+_WIDE = GramTiles(128, 256, 32, 8, 3)
+_R = RotateTiles
+_EXACT = (_R(32, 32, 4, 2), _R(32, 32, 4, 2), _R(32, 32, 4, 2), _R(32, 16, 4, 1))
+
+TABLES: dict[str, dict[str, Tiles]] = {
+    "sm80": _table(  # not measured: within its shared memory
+        (_SQUARE, _SQUARE, _SQUARE),
+        **_either_side(
+            ieee=(_R(32, 32, 4, 2), _R(32, 32, 4, 2), _R(32, 32, 4, 1), _R(16, 16, 4, 1)),
+            tf32x3=(_R(32, 32, 4, 2), _R(32, 32, 4, 2), _R(32, 32, 4, 1), _R(32, 16, 4, 1)),
+            tf32=(_R(64, 64, 4, 2), _R(64, 64, 4, 2), _R(64, 64, 4, 2), _R(32, 32, 4, 2)),
+        ),
+    ),
+    "sm90": _table(  # by bench tune on an H100
+        (_SQUARE, _WIDE, _WIDE),
+        rows_ieee=_EXACT,
+        columns_ieee=_EXACT,
+        rows_tf32x3=(_R(64, 64, 4, 2), _R(64, 64, 4, 2), _R(64, 64, 4, 2), _R(32, 64, 4, 2)),
+        columns_tf32x3=(_R(128, 64, 8, 1), _R(64, 64, 4, 2), _R(128, 64, 8, 1), _R(32, 64, 4, 2)),
+        rows_tf32=(_R(64, 64, 8, 1), _R(64, 64, 8, 2), _R(64, 64, 4, 2), _R(128, 64, 8, 1)),
+        columns_tf32=(_R(64, 64, 8, 1), _R(64, 32, 8, 2), _R(64, 64, 4, 2), _R(64, 64, 8, 2)),
+    ),
+    "other": _table(  # 64 KiB of shared memory
+        (GramTiles(64, 64, 32, 4, 2),) * 3,
+        **_either_side(
+            ieee=(_R(16, 16, 4, 1), _R(16, 16, 4, 1), _R(16, 16, 4, 1), _R(16, 16, 4, 1)),
+            tf32x3=(_R(16, 16, 4, 1), _R(16, 16, 4, 1), _R(16, 16, 4, 1), _R(16, 16, 4, 1)),
+            tf32=(_R(32, 32, 4, 1), _R(32, 32, 4, 1), _R(32, 32, 4, 1), _R(16, 16, 4, 1)),
+        ),
+    ),
+}
+TABLES["sm100"] = TABLES["sm90"]  # not measured
+
+
+def gram_tiles(width: int, device: torch.device) -> GramTiles:
+    """Tiles for Gram matrices of ``width`` channels."""
+    return _find(f"gram/{_padded(width)}", device)
+
+
+def rotate_tiles(width: int, transposed: bool, precision: str, device: torch.device) -> RotateTiles:
+    """Tiles for the rotation of rows, or where ``transposed`` of columns, by blocks of ``width`` channels."""
+    return _find(f"{'columns' if transposed else 'rows'}/{precision}/{_padded(width)}", device)
+
+
+def gram_splits(programs: int, tokens: int, device: torch.device) -> int:
+    """Over how many programs the tokens of each tile are split: the last wave full, few partial sums."""
+    waves = {splits: -(-programs * splits // processors(device)) / splits * (1 + splits / 25) for splits in range(1, 9)}
+    allowed = [splits for splits in waves if splits == 1 or tokens // splits >= 256]
+    return min(allowed, key=waves.__getitem__)
 
 
 @functools.cache
@@ -51,3 +126,36 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _find(key: str, device: torch.device) -> Any:
+    found = TABLES[architecture(device)][key]
+    measured = _measured().get(torch.cuda.get_device_name(device), {}) if device.type == "cuda" else {}
+    return type(found)(*measured[key]) if key in measured else found
+
+
+def architecture(device: torch.device) -> str:
+    """The key of :data:`TABLES` for a device."""
+    if device.type != "cuda" or torch.version.hip:
+        return "other"
+    major = torch.cuda.get_device_capability(device)[0]
+    return {8: "sm80", 9: "sm90"}.get(major, "sm100" if major == 10 else "other")
+
+
+def _measured() -> dict[str, dict[str, list[int]]]:
+    return json.loads(PLACE.read_text()) if PLACE.exists() else {}
+
+
+def keep(device: torch.device, chosen: dict[str, Tiles]) -> None:
+    """Add measured tiles of a device to :data:`PLACE`; kernels that ran before go on with what they have."""
+    measured = _measured()
+    measured.setdefault(torch.cuda.get_device_name(device), {}).update(
+        {key: list(astuple(tiles)) for key, tiles in chosen.items()}
+    )
+    PLACE.parent.mkdir(parents=True, exist_ok=True)
+    PLACE.write_text(json.dumps(measured, indent=1))
+
+
+def _padded(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())

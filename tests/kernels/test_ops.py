@@ -29,7 +29,7 @@ def channels(device: str) -> tuple[Tensor, Tensor]:
 
 def gram_args(device: str, dtype: torch.dtype, tokens: int = 50) -> tuple[Any, ...]:
     left, right = (normal(tokens, COLUMNS.features, seed=seed, dtype=dtype, device=device) for seed in range(2))
-    return left, right, channels(device)[1], COLUMNS.width
+    return [left], [right], [channels(device)[1]], [COLUMNS.width], [COLUMNS.run]
 
 
 def skew_args(device: str, dtype: torch.dtype, layout: BlockLayout = COLUMNS) -> tuple[Any, ...]:
@@ -158,8 +158,9 @@ def test_linear_is_deterministic(device: str, dtype: torch.dtype) -> None:
 @of_dtypes
 @pytest.mark.parametrize("tokens", [0, 1, 50, 3000])
 def test_block_gram_on_a_device(device: str, dtype: torch.dtype, tokens: int) -> None:
-    left, right, blocks, width = gram_args(device, dtype, tokens)
-    result = block_gram(left, right, blocks, width)
+    args = gram_args(device, dtype, tokens)
+    left, right, blocks, width = (operands[0] for operands in args[:4])
+    result = block_gram(*args)
     exact = naive.block_gram(left.double().cpu(), right.double().cpu(), blocks.cpu(), width)
     lengths = left.double().norm(dim=0).amax() * right.double().norm(dim=0).amax() if tokens else torch.zeros(())
     rounding = 2.0**-52 if dtype == torch.float64 else 2.0**-23

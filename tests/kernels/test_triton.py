@@ -13,7 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from poetx_compile.kernels import triton_cayley, triton_gram, triton_rotate
+from poetx_compile.kernels import triton_cayley, triton_gram, triton_rotate, triton_series
+from poetx_compile.kernels.tuning import PRECISIONS, TABLES, GramTiles, RotateTiles
 
 TARGETS = {
     "sm80": (GPUTarget("cuda", 80, 32), 163 * 1024),
@@ -21,42 +22,51 @@ TARGETS = {
     "sm100": (GPUTarget("cuda", 100, 32), 227 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
-
-HALF = {"left": "*bf16", "right": "*bf16", "channels": "*i64", "partial": "*fp32"}
-COUNTS = {"tokens": "i32", "left_stride": "i32", "right_stride": "i32", "tokens_per_split": "i32"}
-ROTATED = {"weight": "*bf16", "residual": "*i8", "rotation": "*fp32", "channels": "*i64", "n": "i32"}
-ROTATION = {"WIDTH": 256, "PADDED": 256, "ACROSS": 64, "ALONG": 32, "KIND": 1}
-CAYLEY = {"skew": "*fp32", "rotation": "*fp32", "scratch": "*fp32", "blocks": "i32", "scale": "fp32"}
-
-# kernel: function, types of its arguments, constants, warps, stages, whether it multiplies float32
-KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any], int, int, bool]] = {
-    "gram": (
-        triton_gram._gram_kernel,
-        HALF | COUNTS,
-        {"WIDTH": 256, "RUN": 16, "TILE_I": 128, "TILE_J": 256, "TILE_T": 32, "PRECISION": "ieee"},
-        8,
-        3,
-        False,
-    ),
-    "pack": (
-        triton_gram._pack_kernel,
-        {"partial": "*fp32", "packed": "*fp32", "splits": "i32"},
-        {"WIDTH": 256, "TILE": 64},
-        4,
-        2,
-        False,
-    ),
-    "rotate rows": (triton_rotate._rotate_rows_kernel, ROTATED, ROTATION, 8, 2, True),
-    "rotate columns": (triton_rotate._rotate_columns_kernel, ROTATED | {"m": "i32"}, ROTATION | {"RUN": 16}, 8, 2, True),
-    "cayley": (
-        triton_cayley._cayley_kernel,
-        CAYLEY,
-        {"WIDTH": 256, "SIDE": 256, "TILE": 128, "TILE_K": 32, "BUFFERS": 5, "LARGEST": 3.0, "TOLERANCE": 1e-7},
-        8,
-        2,
-        True,
-    ),
+SINGLE = {name: "i32" for name in ("tokens", "tokens_per_split", "splits", "first_biased", "biased", "blocks_0", "blocks")}
+TYPES = SINGLE | {
+    **{
+        f"{name}_{side}": kind
+        for side in (0, 1)
+        for name, kind in (("left", "*bf16"), ("right", "*bf16"), ("channels", "*i64"))
+    },
+    **{f"{name}_stride_{side}": "i32" for side in (0, 1) for name in ("left", "right")},
+    **{name: "*fp32" for name in ("partial", "packed", "bias_grad", "skew", "scratch", "norms")},
+    **{name: "*fp16" for name in ("rotation", "omega", "square", "lead", "series")},
+    **{"weight": "*bf16", "residual": "*i8", "bias": "*bf16", "channels": "*i64"},
+    **{"scale": "fp32", "size": "i32", "stride": "i32", "channel_stride": "i32"},
 }
+"""Of every argument that a kernel has by this name."""
+
+SERIES = {"WIDTH": 256, "TILE": 128, "TILE_K": 64}
+FAR = {"SIDE": 256, "TILE": 128, "TILE_K": 32, "BUFFERS": 5, "LARGEST": 3.0, "TOLERANCE": 1e-7, "NEAR": 0.03, "UNIT": 4096.0}
+
+# kernel: function, constants, warps, stages
+FIXED: dict[str, tuple[Any, dict[str, Any], int, int]] = {
+    "pack": (triton_gram._pack_kernel, {"WIDTH": 256, "TILE": 64, "HAS_BIAS": True}, 4, 2),
+    "unpack": (triton_series._unpack_kernel, {"WIDTH": 256, "TILE": 64}, 4, 2),
+    "square": (triton_series._square_kernel, SERIES, 4, 3),
+    "series": (triton_series._series_kernel, SERIES | {"C1": 0.9, "C2": 0.8}, 4, 3),
+    "turn": (triton_series._turn_kernel, SERIES | {"C0": 1.0}, 4, 3),
+    "far": (triton_cayley._far_kernel, FAR | {"WIDTH": 256, "TILES": 2, "NORM_TILE": 128, "PRECISION": "tf32x3"}, 8, 2),
+}
+
+
+def compiled(target: str, function: Any, constants: dict[str, Any], warps: int, stages: int, **types: str) -> Any:
+    gpu, limit = TARGETS[target]
+    if gpu.backend != "cuda" and function is triton_cayley._far_kernel:  # AMD's matrix units take float32 as it is
+        constants = constants | {"PRECISION": "ieee"}
+    names = function.arg_names
+    given = {name: (TYPES | types)[name] for name in names if name not in constants}
+    aligned = [name for name, kind in given.items() if kind.startswith("*") or "stride" in name or name == "size"]
+    source = ASTSource(
+        function,
+        {name: given.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    result = triton.compile(source, target=gpu, options={"num_warps": warps, "num_stages": stages})
+    assert result.metadata.shared <= limit
+    return result
 
 
 def test_by_interpreter() -> None:
@@ -68,19 +78,29 @@ def test_by_interpreter() -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", FIXED)
 def test_compiles_within_shared_memory(kernel: str, target: str) -> None:
-    function, types, constants, warps, stages, multiplies = KERNELS[kernel]
-    gpu, limit = TARGETS[target]
-    if multiplies:  # AMD's matrix units take float32 as it is
-        constants = constants | {"PRECISION": "tf32x3" if gpu.backend == "cuda" else "ieee"}
-    names = function.arg_names
-    aligned = [name for name, kind in types.items() if kind.startswith("*") or name in ("n", "left_stride", "right_stride")]
-    source = ASTSource(
-        function,
-        {name: types.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    compiled = triton.compile(source, target=gpu, options={"num_warps": warps, "num_stages": stages})
-    assert compiled.metadata.shared <= limit
+    compiled(target, *FIXED[kernel])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("width", (128, 256, 512))
+def test_gram_compiles_with_the_tiles_of_the_table(target: str, width: int) -> None:
+    tiles = TABLES.get(target, TABLES["other"])[f"gram/{width}"]
+    assert isinstance(tiles, GramTiles)
+    constants = {"WIDTH": width, "RUN": 32, "TILE_I": tiles.i, "TILE_J": tiles.j, "TILE_T": tiles.t, "PRECISION": "ieee"}
+    compiled(target, triton_gram._gram_kernel, constants, tiles.warps, tiles.stages)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("width", (256, 512))
+@pytest.mark.parametrize("side", ("rows", "columns"))
+def test_rotation_compiles_with_the_tiles_of_the_table(target: str, precision: str, width: int, side: str) -> None:
+    tiles = TABLES.get(target, TABLES["other"])[f"{side}/{precision}/{width}"]
+    assert isinstance(tiles, RotateTiles)
+    constants = {"WIDTH": width, "PADDED": width, "ACROSS": tiles.across, "ALONG": tiles.along, "KIND": 1}
+    constants |= {"PRECISION": precision, "TRANSPOSED": side == "columns", "RUN": 32 if side == "columns" else 1}
+    constants |= {"channel_stride": 1} if side == "columns" else {"stride": 1}
+    rotation = "*fp16" if precision == "tf32" else "*fp32"
+    compiled(target, triton_rotate._rotate_kernel, constants, tiles.warps, tiles.stages, rotation=rotation)

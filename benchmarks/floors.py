@@ -1,0 +1,115 @@
+"""The least time that a piece of work can take on a device: its arithmetic, or its memory traffic, at the peak rate.
+
+Peaks are those of NVIDIA's data sheets, for dense (not sparse) bfloat16 products and for the device's own memory: H100 SXM
+(H100 Tensor Core GPU data sheet), H200 SXM (H200 Tensor Core GPU data sheet), A100 80GB SXM (A100 Tensor Core GPU data
+sheet). tf32 products run at half the bfloat16 rate on all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_TF32 = 0.5
+_WEIGHT = 2
+"""Bytes of a bfloat16 number: weights, activations, and the states of an optimizer over them."""
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Peak rates of a device: bfloat16 ``flops`` in flop/s, memory ``bandwidth`` in bytes/s."""
+
+    flops: float
+    bandwidth: float
+
+
+PEAKS = {
+    "NVIDIA H100 80GB HBM3": Peaks(989e12, 3.35e12),
+    "NVIDIA H200": Peaks(989e12, 4.8e12),
+    "NVIDIA A100-SXM4-80GB": Peaks(312e12, 2.039e12),
+}
+"""By the name that ``torch.cuda.get_device_name`` gives."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A part of the work within which arithmetic and memory traffic can overlap.
+
+    Attributes:
+        flops: multiplications and additions in matrix products; elementwise arithmetic is not counted.
+        bytes: moved to and from memory at least: each operand read once, each result written once.
+        share: of the bfloat16 rate that its number format reaches.
+    """
+
+    flops: int
+    bytes: int
+    share: float = 1.0
+
+    def seconds(self, peaks: Peaks) -> float:
+        return max(self.flops / (self.share * peaks.flops), self.bytes / peaks.bandwidth)
+
+
+def floor_ms(kernels: Sequence[Kernel], peaks: Peaks | None) -> float | None:
+    """Milliseconds that the kernels take at least, one after the other; None for a device of unknown peaks."""
+    return None if peaks is None else 1e3 * sum(kernel.seconds(peaks) for kernel in kernels)
+
+
+def linear(m: int, n: int, tokens: int) -> list[Kernel]:
+    """Forward and backward of ``y = x Wᵀ``: ``y``, ``dx`` and ``dW``."""
+    return 3 * [_product(m, n, tokens)]
+
+
+def poetx(m: int, n: int, tokens: int, block: int) -> list[Kernel]:
+    """Forward and backward with a rotated weight: ``y``, ``dx``, and a Gram sum over outputs and over inputs."""
+    return [*2 * [_product(m, n, tokens)], _blockwise(m, tokens, block), _blockwise(n, tokens, block)]
+
+
+def official_fast(m: int, n: int, tokens: int, block: int) -> list[Kernel]:
+    """Forward and backward of rotated activations: on each side two rotations and the gradient of its blocks."""
+    return [*2 * [_product(m, n, tokens)], *3 * [_blockwise(m, tokens, block), _blockwise(n, tokens, block)]]
+
+
+def official_mem(m: int, n: int, tokens: int, block: int) -> list[Kernel]:
+    """The same, with the rotated inputs and the outputs made again for the backward pass."""
+    return [*official_fast(m, n, tokens, block), _product(m, n, tokens), _blockwise(n, tokens, block)]
+
+
+def adamw(parameters: int, width: int = _WEIGHT) -> list[Kernel]:
+    """A step of AdamW, all of its numbers ``width`` bytes: parameter, gradient and two moments in, all but one out."""
+    return [Kernel(0, 7 * width * parameters)]
+
+
+def skews(m: int, n: int, block: int) -> int:
+    """Skew parameters of a weight whose dimensions are cut into whole blocks."""
+    return (m + n) * (block - 1) // 2
+
+
+def retract(m: int, n: int, block: int) -> list[Kernel]:
+    """The fold of a rotation into a bfloat16 weight with its int8 residual, in tf32."""
+    return [
+        Kernel(_cayley_flops(m, n, block), 4 * skews(m, n, block), _TF32),
+        Kernel(4 * m * n * block, 2 * (_WEIGHT + 1) * m * n, _TF32),
+    ]
+
+
+def official_merge(m: int, n: int, block: int) -> list[Kernel]:
+    """The same for a bfloat16 weight without residual, in bfloat16."""
+    return [
+        Kernel(_cayley_flops(m, n, block), _WEIGHT * skews(m, n, block)),
+        Kernel(4 * m * n * block, 2 * _WEIGHT * m * n),
+    ]
+
+
+def _product(m: int, n: int, tokens: int) -> Kernel:
+    """A matrix product over two of ``[tokens, m]``, ``[tokens, n]`` and ``[m, n]`` into the third."""
+    return Kernel(2 * tokens * m * n, _WEIGHT * (tokens * m + tokens * n + m * n))
+
+
+def _blockwise(features: int, tokens: int, block: int) -> Kernel:
+    """A block-diagonal product with two tensors ``[tokens, features]``; the blocks themselves are not counted as traffic."""
+    return Kernel(2 * tokens * features * block, 2 * _WEIGHT * tokens * features)
+
+
+def _cayley_flops(m: int, n: int, block: int) -> int:
+    """Three products for each block."""
+    return 3 * 2 * block**3 * ((m + n) // block)
