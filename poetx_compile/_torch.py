@@ -69,6 +69,21 @@ def functorch_nodes(gm: fx.GraphModule) -> set[fx.Node]:
     return inside
 
 
+WEIGHT_NORM = torch._weight_norm
+"""What both of torch's weight norms call on the direction of a weight, first, and on its magnitudes."""
+
+_WITH_BODIES = {"tag_activation_checkpoint", "invoke_subgraph", "map_impl", "scan", "cond"}
+
+
+def bodies(node: fx.Node) -> list[fx.GraphModule]:
+    """The subgraphs that a higher-order op runs on its last operands; none if it is another op."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() not in _WITH_BODIES:
+        return []
+    return [
+        getattr(node.graph.owning_module, str(source.target)) for source in node.all_input_nodes if source.op == "get_attr"
+    ]
+
+
 def compile_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
@@ -104,6 +119,21 @@ def inductor_modes() -> dict[str, dict[str, Any]]:
 def is_tracing() -> bool:
     """Whether a compiler is looking at tensors just now, rather than a training loop."""
     return torch._guards.TracingContext.try_get() is not None
+
+
+def graph_break() -> None:
+    """Where a compiler stands, end its graph."""
+    torch._dynamo.graph_break()
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors of nested containers, in order."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Nested containers with every tensor replaced."""
+    return torch.utils._pytree.tree_map_only(Tensor, function, tree)
 
 
 # --- Parameters ------------------------------------------------------------------------------------------------------

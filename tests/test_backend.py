@@ -18,7 +18,7 @@ from helpers import factor_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import rotation_gradients
-from spellings import CANONICAL, INPUTS, OTHER, Spelling
+from spellings import CANONICAL, CONVOLUTIONS, INPUTS, OTHER, STACKS, Spelling, Stack
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
@@ -102,7 +102,7 @@ class Block(nn.Module):
         return x + self.down(F.silu(self.up(self.norm(x))))
 
 
-class Stack(nn.Module):
+class Blocks(nn.Module):
     def __init__(self, depth: int, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*[Block(dtype=dtype) for _ in range(depth)])
@@ -111,7 +111,7 @@ class Stack(nn.Module):
         return self.blocks(x)
 
 
-class Broken(Stack):
+class Broken(Blocks):
     """Two graphs with Python between them."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -164,17 +164,23 @@ class TestOutputs:
         assert torch.equal(compiled(x), expected)
         assert factors.of_weight(layer.weight)
 
+    @pytest.mark.parametrize("stack", STACKS + CONVOLUTIONS, ids=str)
+    def test_bit_for_bit_with_stacks(self, stack: Stack) -> None:
+        layer, x = stack.layer(), torch.randn(stack.x, dtype=torch.float64)
+        assert torch.equal(rotating(layer, include_conv=True)(x), layer(x))
+        assert factor_of(layer.weight).stack.shape == stack.matrices
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
     @pytest.mark.parametrize("shape", [(32,), (3, 32), (2, 3, 32), (0, 32)], ids=str)
     def test_for_every_dtype_and_batch_shape(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        model, x = Stack(2, dtype), torch.randn(shape, dtype=dtype)
+        model, x = Blocks(2, dtype), torch.randn(shape, dtype=dtype)
         y = rotating(model)(x)
         assert torch.equal(y, model(x))
         assert y.dtype == dtype
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
     def test_without_gradients_nothing_is_converted(self, mode: Callable[[], AbstractContextManager[None]]) -> None:
-        model, x = Stack(1), torch.randn(4, 32, dtype=torch.float64)
+        model, x = Blocks(1), torch.randn(4, 32, dtype=torch.float64)
         compiled = rotating(model)
         with mode():
             assert torch.equal(compiled(x), model(x))
@@ -196,7 +202,7 @@ class TestOutputs:
             assert torch.equal(compiled(x), model(x))
 
     def test_through_inductor(self) -> None:
-        model, x = Stack(1, torch.bfloat16), torch.randn(4, 32, dtype=torch.bfloat16)
+        model, x = Blocks(1, torch.bfloat16), torch.randn(4, 32, dtype=torch.bfloat16)
         torch.testing.assert_close(torch.compile(model, backend="poetx", options={"block_size": 16})(x), model(x))
 
 
@@ -220,10 +226,18 @@ class TestGradients:
         check_against_oracle(layer, x)
         check_against_eager(layer, x)
 
+    @pytest.mark.parametrize("stack", STACKS + CONVOLUTIONS, ids=str)
+    def test_of_stacks(self, stack: Stack) -> None:
+        layer, x = stack.layer(), torch.randn(stack.x, dtype=torch.float64, requires_grad=True)
+        square(rotating(layer, route="gram", include_conv=True)(x)).backward()
+        assert factor_of(layer.weight).route == "dense"
+        check_against_oracle(layer, x)
+        check_against_eager(layer, x)
+
     @pytest.mark.parametrize(
         ("model", "shape"),
         [
-            (Stack(2), (4, 32)),
+            (Blocks(2), (4, 32)),
             (Attention(), (2, 5, 48)),
             (nn.TransformerEncoderLayer(48, 4, 64, dropout=0.0, batch_first=True, dtype=torch.float64), (2, 5, 48)),
             (nn.Sequential(Conv1D(48, 40), nn.Tanh(), Conv1D(17, 48)).double(), (2, 3, 40)),
@@ -240,13 +254,13 @@ class TestGradients:
 
     @pytest.mark.parametrize("batch", [1, 2, 5])
     def test_of_dynamic_shapes_in_one_graph(self, batch: int) -> None:
-        model, x = Stack(1), torch.randn(batch, 32, dtype=torch.float64, requires_grad=True)
+        model, x = Blocks(1), torch.randn(batch, 32, dtype=torch.float64, requires_grad=True)
         square(torch.compile(model, backend="poetx", options=OPTIONS, fullgraph=True, dynamic=True)(x)).backward()
         check_against_oracle(model, x)
         check_against_eager(model, x)
 
     def test_of_checkpointed_blocks(self) -> None:
-        class Checkpointed(Stack):
+        class Checkpointed(Blocks):
             def forward(self, x: Tensor) -> Tensor:
                 for block in self.blocks:
                     x = checkpoint(block, x, use_reentrant=False)
@@ -275,7 +289,7 @@ class TestGradients:
         torch.testing.assert_close(model.up.weight.grad, factor_of(model.up.weight).project(dense), rtol=1e-10, atol=1e-12)
 
     def test_add_up_over_micro_batches(self) -> None:
-        model, x = Stack(1), torch.randn(8, 32, dtype=torch.float64)
+        model, x = Blocks(1), torch.randn(8, 32, dtype=torch.float64)
         compiled = rotating(model)
         square(compiled(x)).backward()
         whole = gradients(model)
@@ -286,7 +300,7 @@ class TestGradients:
             torch.testing.assert_close(gradient, whole[name], rtol=1e-11, atol=1e-14)
 
     def test_of_a_compiled_function_that_calls_the_model_and_its_loss(self) -> None:
-        model, x = Stack(1), torch.randn(8, 32, dtype=torch.float64)
+        model, x = Blocks(1), torch.randn(8, 32, dtype=torch.float64)
         rotating(lambda x: square(model(x)))(x).backward()
         check_against_oracle(model, x)
 
@@ -302,7 +316,7 @@ class TestGradients:
         assert layer.weight.stride() == (1, 48)
 
     def test_through_inductor(self) -> None:
-        model, x = Stack(1), torch.randn(4, 32, dtype=torch.float64, requires_grad=True)
+        model, x = Blocks(1), torch.randn(4, 32, dtype=torch.float64, requires_grad=True)
         square(torch.compile(model, backend="poetx", options={"block_size": 16}, fullgraph=True, dynamic=True)(x)).backward()
         check_against_oracle(model, x)
         check_against_eager(model, x)
@@ -412,7 +426,7 @@ class TestCompilations:
 
     @pytest.mark.parametrize(
         ("make", "dynamic"),
-        [(Stack, None), (Stack, True), (Stack, False), (Broken, None)],
+        [(Blocks, None), (Blocks, True), (Blocks, False), (Broken, None)],
         ids=["auto", "dynamic", "static", "broken"],
     )
     @pytest.mark.parametrize("batches", [[4] * 5, [4, 5, 1, 6]], ids=["one batch size", "many batch sizes"])
@@ -428,7 +442,7 @@ class TestCompilations:
     def test_one_for_twelve_equal_blocks(self) -> None:
         x = torch.randn(4, 32, dtype=torch.float64, requires_grad=True)
 
-        def train(model: Stack) -> tuple[int, int]:
+        def train(model: Blocks) -> tuple[int, int]:
             optimizer = torch.optim.SGD(model.parameters(), 0.1)
             for _ in range(3):
                 optimizer.zero_grad()
@@ -438,13 +452,13 @@ class TestCompilations:
             square(model(x)).backward()
             return compilations()
 
-        model = Stack(12)
+        model = Blocks(12)
         for block in model.blocks:
             block.compile(backend="aot_eager")
         expected = train(model)
         torch._dynamo.reset()
         counters.clear()
-        model = Stack(12)
+        model = Blocks(12)
         for block in model.blocks:
             block.compile(backend="poetx", options=OPTIONS)
         assert train(model) == expected == (1, 1)
@@ -453,7 +467,7 @@ class TestCompilations:
         check_against_oracle(model, x)
 
     def test_one_for_two_instances_of_a_class(self) -> None:
-        models, x = [Stack(1), Stack(1)], torch.randn(4, 32, dtype=torch.float64)
+        models, x = [Blocks(1), Blocks(1)], torch.randn(4, 32, dtype=torch.float64)
         for model in models:
             square(plain(model)(x)).backward()
         expected = compilations()
@@ -472,7 +486,7 @@ class TestPrecision:
     def test_autocast(self, inside: bool, route: str) -> None:
         """Around the compiled region or within it: dtypes and gradients are those of plain compilation."""
 
-        class Casting(Stack):
+        class Casting(Blocks):
             def forward(self, x: Tensor) -> Tensor:
                 with torch.autocast("cpu", torch.bfloat16) if inside else nullcontext():
                     return super().forward(x)
@@ -502,7 +516,7 @@ class TestPrecision:
                 assert (gradient - projected).norm() < 2**-7 * projected.norm()
 
     def test_autocast_through_inductor(self) -> None:
-        model, x = Stack(1, torch.float32), torch.randn(16, 32)
+        model, x = Blocks(1, torch.float32), torch.randn(16, 32)
         compiled = torch.compile(model, backend="poetx", options={"block_size": 16})
         with torch.autocast("cpu", torch.bfloat16):
             y = compiled(x)
@@ -548,7 +562,7 @@ class TestParameters:
         assert torch.equal(compiled(x), layer(x))
 
     def test_freezing_and_thawing(self) -> None:
-        model, x = Stack(1), torch.randn(4, 32, dtype=torch.float64)
+        model, x = Blocks(1), torch.randn(4, 32, dtype=torch.float64)
         compiled, optimizer = rotating(model), torch.optim.AdamW(model.parameters(), 1e-2)
         weight = model.blocks[0].up.weight
         for frozen in (False, True, False, True):
@@ -582,9 +596,9 @@ class TestParameters:
             check_against_oracle(layer, x)
 
 
-def trained(dtype: torch.dtype) -> tuple[Stack, Model, Tensor]:
+def trained(dtype: torch.dtype) -> tuple[Blocks, Model, Tensor]:
     """A model that has left its start, its compiled form and an input."""
-    model, x = Stack(2, dtype), torch.randn(8, 32, dtype=dtype)
+    model, x = Blocks(2, dtype), torch.randn(8, 32, dtype=dtype)
     start = copy.deepcopy(model)
     compiled, optimizer = rotating(model), torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
     for _ in range(5):
@@ -601,7 +615,7 @@ class TestAgreement:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
     def test_raw_forward_state_dict_and_copy(self, dtype: torch.dtype) -> None:
         model, compiled, x = trained(dtype)
-        fresh = Stack(2, dtype)
+        fresh = Blocks(2, dtype)
         assert fresh.state_dict().keys() == model.state_dict().keys()
         fresh.load_state_dict(model.state_dict())
         for other in (model, fresh, copy.deepcopy(model), copy.deepcopy(compiled)):
@@ -678,13 +692,13 @@ class TestDistributed:
 
     @pytest.mark.parametrize("order", ["wrapped, then compiled", "compiled, then wrapped"])
     def test_ddp_is_refused_in_one_sentence(self, order: str) -> None:
-        model, wrap = Stack(1), nn.parallel.DistributedDataParallel
+        model, wrap = Blocks(1), nn.parallel.DistributedDataParallel
         module = rotating(wrap(model)) if order.startswith("wrapped") else wrap(rotating(model))
         with pytest.raises(Exception, match=r"wrapped in DistributedDataParallel.*drop the wrapper"):
             module(torch.randn(4, 32, dtype=torch.float64))
         assert not any(factors.of_weight(weight) for weight in model.parameters())
 
     def test_a_process_group_alone_does_not_matter(self) -> None:
-        model, x = Stack(1), torch.randn(4, 32, dtype=torch.float64)
+        model, x = Blocks(1), torch.randn(4, 32, dtype=torch.float64)
         square(rotating(model)(x)).backward()
         check_against_oracle(model, x)
