@@ -69,7 +69,7 @@ def adopt_late(
     Raises:
         PoetxError: this weight cannot be rotated, though the code was compiled for one that can.
     """
-    reason = unfit(weight)
+    reason = unfit(weight, matrices)
     if reason is not None:
         raise PoetxError(
             f"poetx: '{name}' shares compiled code with a converted weight, but this one cannot be converted: "

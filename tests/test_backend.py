@@ -40,9 +40,9 @@ def plain(model: Any, **settings: Any) -> Any:
     return torch.compile(model, backend="aot_eager", **settings)
 
 
-def square(y: Tensor) -> Tensor:
+def square(y: Tensor | tuple[Tensor, ...]) -> Tensor:
     """A loss whose gradient is large everywhere."""
-    return (y - 1).square().mean()
+    return (y - 1).square().mean() if isinstance(y, Tensor) else square(torch.cat(y))
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -240,11 +240,25 @@ class TestGradients:
             (Blocks(2), (4, 32)),
             (Attention(), (2, 5, 48)),
             (nn.TransformerEncoderLayer(48, 4, 64, dropout=0.0, batch_first=True, dtype=torch.float64), (2, 5, 48)),
+            (nn.TransformerEncoderLayer(48, 4, 64, dropout=0.0, batch_first=True, dtype=torch.float64).eval(), (2, 5, 48)),
+            (nn.utils.parametrizations.weight_norm(nn.Linear(40, 48, dtype=torch.float64)), (3, 40)),
+            (nn.utils.parametrizations.spectral_norm(nn.Linear(40, 48, dtype=torch.float64)).eval(), (3, 40)),
+            (nn.LSTMCell(40, 48, dtype=torch.float64), (3, 40)),
             (nn.Sequential(Conv1D(48, 40), nn.Tanh(), Conv1D(17, 48)).double(), (2, 3, 40)),
             (nn.Linear(8, 40, dtype=torch.float64), (3, 8)),
             (nn.Linear(40, 8, dtype=torch.float64), (3, 40)),
         ],
-        ids=["residual blocks", "attention", "encoder layer", "Conv1D", "only rows rotate", "only columns rotate"],
+        ids=[
+            *(
+                "residual blocks",
+                "attention",
+                "encoder layer",
+                "encoder layer in evaluation",
+                "weight norm",
+                "spectral norm",
+            ),
+            *("recurrent cell", "Conv1D", "only rows rotate", "only columns rotate"),
+        ],
     )
     def test_of_modules(self, model: nn.Module, shape: tuple[int, ...]) -> None:
         model, x = copy.deepcopy(model), torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -302,6 +316,14 @@ class TestGradients:
     def test_of_a_compiled_function_that_calls_the_model_and_its_loss(self) -> None:
         model, x = Blocks(1), torch.randn(8, 32, dtype=torch.float64)
         rotating(lambda x: square(model(x)))(x).backward()
+        check_against_oracle(model, x)
+
+    def test_of_functional_code(self) -> None:
+        """Parameters that come as arguments, and a module that is called with them."""
+        model, x = Blocks(1), torch.randn(8, 32, dtype=torch.float64)
+        parameters = dict(model.named_parameters())
+        step = rotating(lambda parameters, x: square(torch.func.functional_call(model, parameters, (x,))))
+        step(parameters, x).backward()
         check_against_oracle(model, x)
 
     def test_of_weights_in_any_memory_order(self) -> None:
@@ -478,6 +500,16 @@ class TestCompilations:
             square(rotating(model)(x)).backward()
             check_against_oracle(model, x)
         assert compilations() == expected
+
+    def test_one_for_two_convolutions(self) -> None:
+        """The second kernel meets code that was compiled for the first, and is read as the same matrix."""
+        stack = CONVOLUTIONS[1]
+        layers, x = [stack.layer() for _ in range(2)], torch.randn(stack.x, dtype=torch.float64)
+        for layer in layers:
+            square(rotating(layer, include_conv=True)(x)).backward()
+            check_against_oracle(layer, x)
+            assert factor_of(layer.weight).stack.shape == stack.matrices
+        assert compilations() == (1, 1)
 
 
 class TestPrecision:

@@ -25,7 +25,7 @@ class SkipReason(enum.Enum):
 
     FROZEN = "frozen (requires_grad=False)"
     NOT_A_MATRIX = "not a matrix"
-    DTYPE = "not a floating dtype that can be rotated"
+    DTYPE = "not a plain nn.Parameter of a floating dtype"
     EXCLUDED = "excluded by name"
     HEAD = "output head"
     EMBEDDING = "embedding"
@@ -37,7 +37,7 @@ class SkipReason(enum.Enum):
     NO_INPUT = "multiplied with other parameters only"
     TOO_SMALL = "both dimensions shorter than a chunk"
     GRADIENT_HOOK = "a gradient hook waits for its dense gradient"
-    ZERO = "all zeros, which no rotation can change"
+    ZERO = "a matrix of zeros, which no rotation can change"
 
 
 @dataclass(frozen=True)
@@ -136,14 +136,19 @@ def _reason(
         return SkipReason.NO_INPUT
     if not stack.sides:
         return SkipReason.TOO_SMALL
-    return unfit(weight)
+    return unfit(weight, stack.shape)
 
 
-def unfit(weight: nn.Parameter) -> SkipReason | None:
-    """What keeps this very parameter from being rotated, whatever the graph. Waits for the device."""
+def unfit(weight: nn.Parameter, matrices: tuple[int, int, int] | None = None) -> SkipReason | None:
+    """What keeps this very parameter from being rotated, whatever the graph. Waits for the device.
+
+    Args:
+        matrices: the stack ``[count, m, n]`` as which it is rotated; by default over its last two dimensions.
+    """
     if gradient_hooks(weight):
         return SkipReason.GRADIENT_HOOK
-    return None if bool(weight.detach().any()) else SkipReason.ZERO
+    moves = weight.detach().reshape(matrices or stacked(weight)).flatten(1).any(1)
+    return None if bool(moves.all()) else SkipReason.ZERO
 
 
 def _matrices(weight: nn.Parameter, uses: list[Use]) -> tuple[int, int, int]:

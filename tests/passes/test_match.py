@@ -157,6 +157,14 @@ def test_stacks_know_their_matrices(stack: Stack) -> None:
     assert (found.matrices, found.uses) == (stack.matrices, ())
 
 
+def test_one_matrix_of_zeros_keeps_a_stack_ordinary() -> None:
+    experts = parameter(3, 32, 48)
+    with torch.no_grad():
+        experts[1] = 0
+    model = Wrapped(lambda m, x: torch.bmm(x, m.w), w=experts)
+    assert reasons(model, torch.randn(3, 5, 32)) == {"w": SkipReason.ZERO}
+
+
 def test_weight_norm_rotates_the_direction() -> None:
     found = reasons(nn.utils.parametrizations.weight_norm(nn.Linear(INPUTS, OUTPUTS)), torch.randn(5, INPUTS))
     magnitude, direction = (f"parametrizations.weight.original{part}" for part in (0, 1))
