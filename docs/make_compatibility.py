@@ -12,7 +12,7 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 from limits import LIMITS  # noqa: E402
 from modes import SETTINGS, STANCES  # noqa: E402
 from optimizers import OPTIMIZERS, REFUSED  # noqa: E402
-from spellings import CANONICAL, CONVOLUTIONS, OTHER, STACKS  # noqa: E402
+from spellings import CANONICAL, CHECKPOINTED, CONVOLUTIONS, OTHER, STACKS  # noqa: E402
 from zoo import ZOO, Toy  # noqa: E402
 
 PAGE = """\
@@ -95,7 +95,7 @@ def model(toy: Toy) -> tuple[object, ...]:
 def page() -> str:
     return PAGE.format(
         models=table(("model", "from", "numbers that are rotated", "options"), map(model, ZOO)),
-        gram=code(spelling.name for spelling in CANONICAL),
+        gram=code(spelling.name for spelling in CANONICAL + CHECKPOINTED),
         dense=code(spelling.name for spelling in OTHER),
         stacks=table(("product", "weight", "read as"), ((mark(s.name), s.weight, s.matrices) for s in STACKS)),
         convolutions=table(("product", "kernel", "read as"), ((mark(s.name), s.weight, s.matrices) for s in CONVOLUTIONS)),

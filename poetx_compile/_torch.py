@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """Copy a captured graph for editing: Dynamo walks its own again after the backend returns.
 
-    Subgraphs of higher-order ops stay shared with the original; nothing here edits them.
+    So are checkpointed regions; the subgraphs of other higher-order ops stay shared with the original.
     """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -30,9 +30,21 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
             new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]
     copy = fx.GraphModule(gm, graph)
     copy.meta = dict(gm.meta)
+    for node in graph.nodes:
+        region = checkpointed(node)
+        if region is not None:
+            setattr(copy, node.args[0].target, copy_graph(region))
     if hasattr(gm, "_param_name_to_source"):
         copy._param_name_to_source = gm._param_name_to_source
     return copy
+
+
+def checkpointed(node: fx.Node) -> fx.GraphModule | None:
+    """The region that an activation checkpoint runs on all its other operands; None if the node is no checkpoint."""
+    if node.target is not torch.ops.higher_order.tag_activation_checkpoint:
+        return None
+    (region,) = bodies(node)
+    return region
 
 
 def add_input(gm: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:

@@ -47,6 +47,13 @@ class Spelled(nn.Module):
         return self.product(x, self.weight, self.bias)
 
 
+checkpointed = partial(checkpoint, use_reentrant=False)
+
+
+def _mapped(x: Tensor, w: Tensor, c: Tensor) -> Tensor:
+    return torch.vmap(partial(F.linear, weight=w, bias=c))(x)
+
+
 def _in_pieces(cut: Callable[[Tensor], tuple[Tensor, ...]]) -> Product:
     return lambda x, w, c: torch.cat([F.linear(x, piece) for piece in cut(w)], dim=-1)
 
@@ -88,6 +95,15 @@ CANONICAL = [
 ]
 """What takes the Gram route."""
 
+CHECKPOINTED = [
+    Spelling("checkpointed", lambda x, w, c: checkpointed(F.linear, x, w, c)),
+    Spelling("checkpointed, x @ W.t()", lambda x, w, c: checkpointed(lambda x, w, c: x.cos() @ w.t() + c, x, w, c)),
+    Spelling("checkpointed, addmm", lambda x, w, c: checkpointed(lambda x, w, c: c.addmm(x, w), x, w, c), transposed=True),
+    Spelling("checkpointed twice", lambda x, w, c: checkpointed(partial(checkpointed, F.linear), x, w, c)),
+    Spelling("checkpointed and not", lambda x, w, c: checkpointed(F.linear, x, w, c) * F.linear(x.cos(), w), uses=2),
+]
+"""What takes the Gram route within regions that run again in the backward pass."""
+
 OTHER = [
     Spelling("einsum", lambda x, w, c: torch.einsum("ni,oi->no", x, w)),
     Spelling("bmm with expanded weight", lambda x, w, c: torch.bmm(x[None], w.t().expand(1, -1, -1))[0]),
@@ -104,8 +120,10 @@ OTHER = [
     Spelling("addmm with alpha", lambda x, w, c: torch.addmm(c, x, w.t(), alpha=2.0)),
     Spelling("broadcast bias", lambda x, w, c: F.linear(x, w, c[:1])),
     Spelling("bias in two dimensions", lambda x, w, c: torch.addmm(c.expand(x.shape[0], -1), x, w.t())),
-    Spelling("checkpointed", lambda x, w, c: checkpoint(F.linear, x, w, c, use_reentrant=False)),
-    Spelling("under vmap", lambda x, w, c: torch.vmap(partial(F.linear, weight=w, bias=c))(x)),
+    Spelling("checkpointed slices", lambda x, w, c: checkpointed(_in_pieces(lambda w: w.chunk(2)), x, w, c)),
+    Spelling("checkpointed, and in another form", lambda x, w, c: checkpointed(F.linear, x, w, c) + F.linear(x, w[:1])),
+    Spelling("checkpointed under vmap", lambda x, w, c: checkpointed(lambda *of: _mapped(*of), x, w, c)),
+    Spelling("under vmap", lambda x, w, c: _mapped(x, w, c)),
     Spelling("under grad", lambda x, w, c: torch.func.grad(lambda t: F.linear(t, w, c).pow(3).sum())(x)),
     Spelling("under cond", lambda x, w, c: torch.cond(x.sum() > 0, lambda t: F.linear(t, w, c), lambda t: t @ w.t(), (x,))),
     Spelling("under map", lambda x, w, c: control_map(lambda t: F.linear(t, w, c), x)),

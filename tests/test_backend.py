@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from helpers import factor_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import rotation_gradients
-from spellings import CANONICAL, CONVOLUTIONS, INPUTS, OTHER, STACKS, Spelling, Stack
+from spellings import CANONICAL, CHECKPOINTED, CONVOLUTIONS, INPUTS, OTHER, STACKS, Spelling, Stack
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.pytorch_utils import Conv1D
 
 from poetx_compile.factor import factors
@@ -78,6 +79,20 @@ def fresh_counters() -> Iterator[None]:
     counters.clear()
     yield
     counters.clear()
+
+
+def keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    is_product = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "all is recomputed": {"use_reentrant": False},
+    "products are kept": {
+        "use_reentrant": False,
+        "context_fn": partial(create_selective_checkpoint_contexts, keep_products),
+    },
+}
 
 
 class Attention(nn.Module):
@@ -156,7 +171,7 @@ assert "poetx" in torch.compiler.list_backends()
 class TestOutputs:
     """Conversion changes no output."""
 
-    @pytest.mark.parametrize("spelling", CANONICAL + OTHER, ids=str)
+    @pytest.mark.parametrize("spelling", CANONICAL + CHECKPOINTED + OTHER, ids=str)
     def test_bit_for_bit(self, spelling: Spelling) -> None:
         layer, x = spelling.layer(), torch.randn(5, INPUTS, dtype=torch.float64)
         expected = layer(x)
@@ -210,7 +225,7 @@ class TestGradients:
     """``W.grad`` is the gradient of the rotation; every other gradient is as it was."""
 
     @pytest.mark.parametrize("route", ["gram", "dense"])
-    @pytest.mark.parametrize("spelling", CANONICAL, ids=str)
+    @pytest.mark.parametrize("spelling", CANONICAL + CHECKPOINTED, ids=str)
     def test_of_canonical_products(self, spelling: Spelling, route: str) -> None:
         layer, x = spelling.layer(), torch.randn(5, INPUTS, dtype=torch.float64, requires_grad=True)
         square(rotating(layer, route=route)(x)).backward()
@@ -273,17 +288,42 @@ class TestGradients:
         check_against_oracle(model, x)
         check_against_eager(model, x)
 
-    def test_of_checkpointed_blocks(self) -> None:
+    @pytest.mark.parametrize("kind", CHECKPOINTS)
+    def test_of_checkpointed_blocks(self, kind: str) -> None:
         class Checkpointed(Blocks):
             def forward(self, x: Tensor) -> Tensor:
                 for block in self.blocks:
-                    x = checkpoint(block, x, use_reentrant=False)
+                    x = checkpoint(block, x, **CHECKPOINTS[kind])
                 return x
 
         model, x = Checkpointed(2), torch.randn(4, 32, dtype=torch.float64)
         square(rotating(model)(x)).backward()
-        assert {factor_of(block.up.weight).route for block in model.blocks} == {"dense"}
+        assert {factor_of(block.up.weight).route for block in model.blocks} == {"gram"}
         check_against_oracle(model, x)
+
+    @pytest.mark.parametrize("is_checkpointed", [False, True])
+    def test_checkpoints_save_no_more_activations_than_before(self, is_checkpointed: bool) -> None:
+        """Elsewhere the Gram route saves the output of each layer too."""
+
+        class Checkpointed(Blocks):
+            def forward(self, x: Tensor) -> Tensor:
+                for block in self.blocks:
+                    x = checkpoint(block, x, use_reentrant=False) if is_checkpointed else block(x)
+                return x
+
+        def saved(compile: Callable[[nn.Module], Any]) -> int:
+            numbers: list[int] = []
+
+            def pack(tensor: Tensor) -> Tensor:
+                numbers.append(tensor.numel() * (100 in tensor.shape))
+                return tensor
+
+            torch._dynamo.reset()
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                compile(Checkpointed(2))(torch.randn(100, 32, dtype=torch.float64))
+            return sum(numbers)
+
+        assert (saved(partial(rotating, route="gram")) > saved(plain)) is not is_checkpointed
 
     def test_of_a_part_that_does_not_learn(self) -> None:
         """Under ``no_grad``, or after ``detach``, a weight gets no gradient, though it is converted."""
@@ -380,7 +420,7 @@ class Network(nn.Module):
 SIZES = st.sampled_from([16, 17, 33, 40, 48])
 LAYERS = st.builds(
     Layer,
-    spelling=st.sampled_from([spelling for spelling in CANONICAL + OTHER if spelling.name != "under grad"]),
+    spelling=st.sampled_from([spelling for spelling in CANONICAL + CHECKPOINTED + OTHER if spelling.name != "under grad"]),
     outputs=SIZES,
     activation=st.sampled_from([torch.tanh, F.silu, F.gelu, torch.cos]),
     residual=st.booleans(),
@@ -513,15 +553,17 @@ class TestCompilations:
 
 
 class TestPrecision:
+    @pytest.mark.parametrize("is_checkpointed", [False, True], ids=["kept", "checkpointed"])
     @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
     @pytest.mark.parametrize("route", ["gram", "dense"])
-    def test_autocast(self, inside: bool, route: str) -> None:
+    def test_autocast(self, inside: bool, route: str, is_checkpointed: bool) -> None:
         """Around the compiled region or within it: dtypes and gradients are those of plain compilation."""
 
         class Casting(Blocks):
             def forward(self, x: Tensor) -> Tensor:
+                forward = super().forward
                 with torch.autocast("cpu", torch.bfloat16) if inside else nullcontext():
-                    return super().forward(x)
+                    return checkpoint(forward, x, use_reentrant=False) if is_checkpointed else forward(x)
 
         model, x = Casting(1, torch.float32), torch.randn(64, 32)
 

@@ -58,6 +58,7 @@ def test_every_function_is_pinned_here() -> None:
         "active_ddp",
         "add_input",
         "bodies",
+        "checkpointed",
         "compile_with_aot_eager",
         "compile_with_inductor",
         "copy_graph",
@@ -200,6 +201,20 @@ def test_bodies_take_the_last_operands(call: Callable[..., Any], count: int) -> 
     assert len(found) == count
     for body in found:
         assert any(node.target in (torch.sin, torch.cos, "sin") for node in body.graph.nodes)
+
+
+def test_a_checkpointed_region_is_copied_with_its_graph() -> None:
+    gm, _ = capture(lambda x: checkpoint(torch.sin, x.tan(), use_reentrant=False), torch.ones(2, 3))
+    regions = [
+        [region for node in module.graph.nodes if (region := _torch.checkpointed(node)) is not None]
+        for module in (gm, _torch.copy_graph(gm))
+    ]
+    ((original,), (copied,)) = regions
+    assert copied is not original
+    assert copied.graph is not original.graph
+    assert [node.target for node in copied.graph.nodes] == [node.target for node in original.graph.nodes]
+    x = torch.ones(2, 3)
+    assert torch.equal(_torch.copy_graph(gm)(x)[0], gm(x)[0])
 
 
 def test_weight_norm_takes_the_direction_first() -> None:

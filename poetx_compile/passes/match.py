@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .._torch import functorch_nodes, gradient_hooks, source_name
+from .._torch import checkpointed, functorch_nodes, gradient_hooks, source_name
 from ..config import PoetxConfig
 from ..factor import factors, stacked
 from ..layout import StackLayout
@@ -82,7 +82,7 @@ def match(
     uses = {node: list(graph.uses(node)) for node, weight in parameters.items() if weight.ndim >= 2}
     linears = {use.node for found in uses.values() for use in found if use.is_product or use.is_convolution}
     linears |= {node for node in gm.graph.nodes if node.target is LINEAR}
-    transformed = functorch_nodes(gm)
+    transformed = _transformed(gm)
     matches, skips = [], []
     for index, (node, value) in enumerate(inputs.items()):
         if node not in parameters:
@@ -156,6 +156,16 @@ def _matrices(weight: nn.Parameter, uses: list[Use]) -> tuple[int, int, int]:
     if uses and uses[0].is_convolution:
         return 1, weight.shape[0], weight.shape[1:].numel()
     return stacked(weight)
+
+
+def _transformed(gm: fx.GraphModule) -> set[fx.Node]:
+    """What runs under a transform of ``torch.func``, in checkpointed regions too."""
+    found = functorch_nodes(gm)
+    for node in gm.graph.nodes:
+        region = checkpointed(node)
+        if region is not None:
+            found |= set(region.graph.nodes) if node in found else _transformed(region)
+    return found
 
 
 def _canonical(weight: nn.Parameter, uses: list[Use], transformed: set[fx.Node]) -> tuple[fx.Node, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .._torch import WEIGHT_NORM, bodies
+from .._torch import WEIGHT_NORM, bodies, checkpointed
 
 _VIEW_METHODS = """
     t transpose permute swapaxes swapdims adjoint view view_as reshape reshape_as flatten unflatten unsqueeze squeeze expand
@@ -65,7 +66,7 @@ _LIKE = {"to", "type_as", "view_as", "reshape_as", "expand_as"}
 
 @dataclass(frozen=True)
 class Use:
-    """One place where a weight, or a view of it, meets something else."""
+    """One place where a weight, or a view of it, meets something else; ``direct`` if it is the weight itself."""
 
     node: fx.Node
     operand: int | str
@@ -100,6 +101,7 @@ class UseGraph:
 
     def __init__(self, gm: fx.GraphModule, inputs: dict[fx.Node, Any]) -> None:
         self.graph: nx.MultiDiGraph[fx.Node] = nx.MultiDiGraph()
+        self._checkpoints: Counter[fx.Graph] = Counter()
         self._add(gm)
         parameters = {node for node, value in inputs.items() if isinstance(value, nn.Parameter)}
         sources = [
@@ -117,20 +119,20 @@ class UseGraph:
                 self.graph.add_edge(source, node, operand=operand)
             for body in bodies(node):
                 self._add_body(body, node)
+            region = checkpointed(node)
+            if region is not None:
+                self._checkpoints[region.graph] += 1
 
     def _add_body(self, body: fx.GraphModule, node: fx.Node) -> None:
         """Join the last operands of a higher-order op to its subgraph's placeholders, and the subgraph's output to the op."""
         self._add(body)
-        inside = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
-        outside: list[fx.Node] = []
-        fx.node.map_arg(node.args, outside.append)
-        for outer, inner in zip(outside[len(outside) - len(inside) :], inside, strict=True):
+        for outer, inner in handed_on(node, body):
             self.graph.add_edge(outer, inner, operand=-1)
         self.graph.add_edge(body.graph.output_node(), node, operand=-1)
 
     def uses(self, parameter: fx.Node) -> Iterator[Use]:
         """Where the values of a parameter go, looking through views and into subgraphs."""
-        seen = {parameter}
+        seen, itself = {parameter}, {parameter}
         front = [parameter]
         while front:
             node = front.pop()
@@ -139,15 +141,17 @@ class UseGraph:
                     if user not in seen:
                         seen.add(user)
                         front.append(user)
+                    if user.op == "placeholder" and self._checkpoints[user.graph] == 1 and node in itself:
+                        itself.add(user)
                 elif not bodies(user):
-                    yield Use(user, operand, node is parameter)
+                    yield Use(user, operand, node in itself)
 
     def _passes_on(self, user: fx.Node, operand: int | str) -> bool:
         if user.op in ("placeholder", "output"):
             return user.op == "placeholder"
-        if user.target is WEIGHT_NORM or user.target in _DIVISIONS:
-            return operand == 0 and (user.target is WEIGHT_NORM or _is_scalar(user.args[1]))
-        if user.target in _SCALINGS:
+        if user.target is WEIGHT_NORM:
+            return operand == 0
+        if user.target in _SCALINGS or (user.target in _DIVISIONS and operand == 0):
             return not user.kwargs and all(_is_scalar(other) for place, other in enumerate(user.args) if place != operand)
         if user.target is getattr:
             return user.args[1] in TRANSPOSED
@@ -169,6 +173,14 @@ class UseGraph:
                     seen.add(user)
                     front.append(user)
         return False
+
+
+def handed_on(node: fx.Node, body: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
+    """What a higher-order op hands to the placeholders of its subgraph: its last operands. Nothing if they are too few."""
+    inside = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
+    outside: list[fx.Node] = []
+    fx.node.map_arg(node.args, outside.append)
+    return list(zip(outside[len(outside) - len(inside) :], inside)) if len(outside) >= len(inside) else []
 
 
 def _operands(node: fx.Node) -> Iterator[tuple[int | str, fx.Node]]:

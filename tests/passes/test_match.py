@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from graphs import CONFIG, capture, reasons, spelled
 from hypothesis import given
 from hypothesis import strategies as st
-from spellings import CANONICAL, CONVOLUTIONS, INPUTS, OTHER, OUTPUTS, STACKS, Spelling, Stack
+from spellings import CANONICAL, CHECKPOINTED, CONVOLUTIONS, INPUTS, OTHER, OUTPUTS, STACKS, Spelling, Stack
 from torch import Tensor, nn
 
 from poetx_compile import PoetxConfig
@@ -39,7 +39,7 @@ def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
     return nn.Parameter(torch.randn(shape, dtype=dtype))
 
 
-@pytest.mark.parametrize("spelling", CANONICAL, ids=str)
+@pytest.mark.parametrize("spelling", CANONICAL + CHECKPOINTED, ids=str)
 def test_canonical_uses_are_named(spelling: Spelling) -> None:
     matches, _ = spelled(spelling)[1].normalized().matched()
     assert len(matches["weight"].uses) == spelling.uses
@@ -114,6 +114,20 @@ def test_reading_changes_nothing() -> None:
         (SkipReason.NOT_A_MATRIX, lambda m, x: x + m.w, parameter(1, 5, 32), torch.randn(2, 5, 32)),
         (SkipReason.NOT_A_LINEAR, lambda m, x: torch.bmm(x, m.w) + m.w.sum(), parameter(2, 32, 32), torch.randn(2, 5, 32)),
         (SkipReason.TOO_SMALL, lambda m, x: torch.bmm(x, m.w), parameter(64, 8, 15), torch.randn(64, 5, 8)),
+        (SkipReason.NOT_A_LINEAR, lambda m, x: F.linear(x, 2 / m.w), parameter(32, OUTPUTS), torch.randn(5, OUTPUTS)),
+        (SkipReason.NOT_A_LINEAR, lambda m, x: F.linear(x, m.w * x[0]), parameter(32, OUTPUTS), torch.randn(5, OUTPUTS)),
+        (
+            SkipReason.NOT_A_LINEAR,
+            lambda m, x: F.linear(x, torch.div(m.w, 2, rounding_mode="floor")),
+            parameter(32, OUTPUTS),
+            torch.randn(5, OUTPUTS),
+        ),
+        (
+            SkipReason.NOT_A_LINEAR,
+            lambda m, x: F.linear(x, torch.div(m.w, other=x.std(0))),
+            parameter(32, OUTPUTS),
+            torch.randn(5, OUTPUTS),
+        ),
         (SkipReason.EMBEDDING, lambda m, x: m.w[x].cos(), parameter(64, 32), torch.arange(5)),
         (SkipReason.CONVOLUTION, lambda m, x: F.conv2d(x, m.w), parameter(32, 16, 1, 1), torch.randn(2, 16, 4, 4)),
         (SkipReason.GROUPED, lambda m, x: F.conv2d(x, m.w, groups=2), parameter(32, 8, 3, 3), torch.randn(2, 16, 4, 4)),
