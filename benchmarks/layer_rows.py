@@ -87,7 +87,6 @@ def facts(device: torch.device) -> dict[str, str | None]:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "poetx_compile": _version("poetx-compile"),
-        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
     }
 
 

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """Copy a captured graph for editing: Dynamo walks its own again after the backend returns.
 
-    Subgraphs of higher-order ops stay shared with the original; nothing here edits them.
+    So are checkpointed regions; the subgraphs of other higher-order ops stay shared with the original.
     """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -30,9 +30,21 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
             new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]
     copy = fx.GraphModule(gm, graph)
     copy.meta = dict(gm.meta)
+    for node in graph.nodes:
+        region = checkpointed(node)
+        if region is not None:
+            setattr(copy, node.args[0].target, copy_graph(region))
     if hasattr(gm, "_param_name_to_source"):
         copy._param_name_to_source = gm._param_name_to_source
     return copy
+
+
+def checkpointed(node: fx.Node) -> fx.GraphModule | None:
+    """The region that an activation checkpoint runs on all its other operands; None if the node is no checkpoint."""
+    if node.target is not torch.ops.higher_order.tag_activation_checkpoint:
+        return None
+    (region,) = bodies(node)
+    return region
 
 
 def add_input(gm: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
@@ -67,6 +79,21 @@ def functorch_nodes(gm: fx.GraphModule) -> set[fx.Node]:
         if depth:
             inside.add(node)
     return inside
+
+
+WEIGHT_NORM = torch._weight_norm
+"""What both of torch's weight norms call on the direction of a weight, first, and on its magnitudes."""
+
+_WITH_BODIES = {"tag_activation_checkpoint", "invoke_subgraph", "map_impl", "scan", "cond"}
+
+
+def bodies(node: fx.Node) -> list[fx.GraphModule]:
+    """The subgraphs that a higher-order op runs on its last operands; none if it is another op."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() not in _WITH_BODIES:
+        return []
+    return [
+        getattr(node.graph.owning_module, str(source.target)) for source in node.all_input_nodes if source.op == "get_attr"
+    ]
 
 
 def compile_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
@@ -104,6 +131,21 @@ def inductor_modes() -> dict[str, dict[str, Any]]:
 def is_tracing() -> bool:
     """Whether a compiler is looking at tensors just now, rather than a training loop."""
     return torch._guards.TracingContext.try_get() is not None
+
+
+def graph_break() -> None:
+    """Where a compiler stands, end its graph."""
+    torch._dynamo.graph_break()
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors of nested containers, in order."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Nested containers with every tensor replaced."""
+    return torch.utils._pytree.tree_map_only(Tensor, function, tree)
 
 
 # --- Parameters ------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from .kernels import HALF
 
 Entry = dict[str, Any]
 
-_ROWS_AT_ONCE = 1024
+_NUMBERS_AT_ONCE = 1 << 22
 _PREFIX = "poetx_"
 _CODE = "poetx_code_"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -194,8 +194,9 @@ def _other_setting(factor: OrthogonalFactor, entry: Entry) -> str | None:
 def fingerprint(weight: Tensor) -> int:
     """A number that changes with any value, or its place, in a half-precision weight. Waits for the device."""
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
-    for number, rows in enumerate(weight.detach().split(_ROWS_AT_ONCE), start=1):
-        bits = rows.contiguous().view(torch.int16).flatten().to(torch.int32)
+    flat = weight.detach().contiguous().view(torch.int16).flatten()
+    for number, piece in enumerate(flat.split(_NUMBERS_AT_ONCE), start=1):
+        bits = piece.to(torch.int32)
         places = torch.arange(bits.numel(), device=bits.device, dtype=torch.int32) % 8191 + 1
         total += number * (bits * places).sum(dtype=torch.int64)
     return int(total)

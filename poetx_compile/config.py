@@ -49,6 +49,9 @@ class PoetxConfig:
     heads: tuple[str, ...] = HEADS
     """Name components that mark an output head. Heads are trained as before."""
 
+    include_conv: bool = False
+    """Whether kernels of convolutions rotate too, each as a matrix ``[out, in · k · k]``. Grouped ones never do."""
+
     route: str = "auto"
     """How gradients of ``q`` are made: ``gram`` from activations, ``dense`` from the weight's gradient, or ``auto``."""
 

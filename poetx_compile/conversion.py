@@ -18,24 +18,31 @@ _skipped: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _BINDING = {
     SkipReason.EMBEDDING,
     SkipReason.TIED,
+    SkipReason.NOT_A_MATRIX,
     SkipReason.NOT_A_LINEAR,
+    SkipReason.GROUPED,
     SkipReason.NO_INPUT,
     SkipReason.HEAD,
     SkipReason.GRADIENT_HOOK,
     SkipReason.ZERO,
 }
-_FIXED = ("block_size", "chunk", "scale", "seed", "permutation_period")
+_FIXED = ("block_size", "chunk", "scale", "seed", "permutation_period", "include_conv")
 
 
-def adopt(weight: nn.Parameter, name: str, config: PoetxConfig) -> OrthogonalFactor:
+def adopt(
+    weight: nn.Parameter, name: str, config: PoetxConfig, matrices: tuple[int, int, int] | None = None
+) -> OrthogonalFactor:
     """The factor of a weight, made if there is none yet. Changes nothing of the weight's values.
+
+    Args:
+        matrices: the stack ``[count, m, n]`` as which the weight is rotated; by default over its last two dimensions.
 
     Raises:
         PoetxError: the weight was converted with other settings.
     """
     factor = factors.of_weight(weight)
     if factor is None:
-        factor = OrthogonalFactor(weight, name, config)
+        factor = OrthogonalFactor(weight, name, config, matrices)
         gradient.attach(factor)
         _skipped.pop(weight, None)
         return factor
@@ -54,19 +61,21 @@ def adopt(weight: nn.Parameter, name: str, config: PoetxConfig) -> OrthogonalFac
     return factor
 
 
-def adopt_late(weight: nn.Parameter, name: str, config: PoetxConfig) -> OrthogonalFactor:
+def adopt_late(
+    weight: nn.Parameter, name: str, config: PoetxConfig, matrices: tuple[int, int, int] | None = None
+) -> OrthogonalFactor:
     """Convert a weight that meets compiled code made for another: a second instance, a copy, a replaced parameter.
 
     Raises:
         PoetxError: this weight cannot be rotated, though the code was compiled for one that can.
     """
-    reason = unfit(weight)
+    reason = unfit(weight, matrices)
     if reason is not None:
         raise PoetxError(
             f"poetx: '{name}' shares compiled code with a converted weight, but this one cannot be converted: "
             f"{reason.value}. Leave all of them out with options={{'exclude': ['{name}']}}"
         )
-    return adopt(weight, name, config)
+    return adopt(weight, name, config, matrices)
 
 
 def release(weight: nn.Parameter) -> OrthogonalFactor | None:

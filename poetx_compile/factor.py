@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from . import kernels
 from .config import PoetxConfig
 from .errors import PoetxError
-from .layout import BlockLayout, permutation_key
+from .layout import BlockLayout, StackLayout, permutation_key
 
 log = logging.getLogger(__name__)
 
@@ -28,22 +28,30 @@ _SKEWS_PER_BATCH = 1 << 22
 class OrthogonalFactor:
     """The rotation of one weight ``W`` ``[m, n]``: ``W ← G_rows W G_columns`` after each optimizer step.
 
+    A weight of more dimensions is read as a stack of matrices ``[count, m, n]``, by default over its last two dimensions.
+    Each matrix has blocks and rotations of its own, all by one permutation.
+
     Attributes:
-        q: ``nn.Parameter``, 1-D, float32 (float64 for float64 weights): packed skew parameters of all row blocks, then of
-            all column blocks. Zero whenever the model runs; what the optimizer writes there is this step's rotation.
+        stack: the matrices of the weight, and their blocks.
+        q: ``nn.Parameter``, 1-D, float32 (float64 for float64 weights): for each matrix packed skew parameters of all row
+            blocks, then of all column blocks. Zero whenever the model runs; what the optimizer writes there is this step's
+            rotation.
         row_channels, column_channels: int64, the channels of the blocks; their storage stays for life.
-        residual: int8 ``[m, n]`` for half-precision weights, else None.
+        residual: int8 of the weight's shape for half-precision weights, else None.
         epoch: number of the current draw of permutations.
         steps: counted optimizer steps.
         route: how its gradient is made: ``gram`` or ``dense``.
         is_covered: whether it is known that some optimizer steps it, or the user was told that none does.
     """
 
-    def __init__(self, weight: nn.Parameter, name: str, config: PoetxConfig) -> None:
+    def __init__(
+        self, weight: nn.Parameter, name: str, config: PoetxConfig, matrices: tuple[int, int, int] | None = None
+    ) -> None:
         self._weight = weakref.ref(weight)
         self.name = name
         self.config = config
-        self.rows, self.columns = layouts(weight, config)
+        self.stack = StackLayout.of(matrices or stacked(weight), config.block_size, config.chunk)
+        self.rows, self.columns = self.stack.rows, self.stack.columns
         self.key = permutation_key(config.seed, name)
         self.epoch = 0
         self.steps = 0
@@ -52,11 +60,12 @@ class OrthogonalFactor:
         self.hook: RemovableHandle | None = None
         device = weight.device
         dtype = kernels.master_dtype(weight.dtype)
-        self.q = nn.Parameter(torch.zeros(self.rows.skew + self.columns.skew, dtype=dtype, device=device))
+        self.q = nn.Parameter(torch.zeros(self.stack.skew, dtype=dtype, device=device))
         self.row_channels = torch.empty(self.rows.rotated, dtype=torch.int64, device=device)
         self.column_channels = torch.empty(self.columns.rotated, dtype=torch.int64, device=device)
         self.residual = torch.zeros_like(weight, dtype=torch.int8) if weight.dtype in kernels.HALF else None
         self.draw()
+        self._shape = weight.shape
         self._dtype = weight.dtype
         self._seen = weight._version
         self._clean = self.q._version
@@ -90,11 +99,10 @@ class OrthogonalFactor:
         self.column_channels.copy_(self.columns.channels(self.key, COLUMNS, self.epoch))
 
     def project(self, gradient: Tensor) -> Tensor:
-        """The gradient of ``q`` that belongs to a gradient of the weight (``[m, n]``): the dense route."""
-        packed = kernels.project(
-            gradient, self.weight.detach(), self.row_channels, self.rows.width, self.column_channels, self.columns.width
-        )
-        return packed * (2 * self.config.scale)
+        """The gradient of ``q`` that belongs to a gradient of the weight, of its shape: the dense route."""
+        sides = (self.row_channels, self.rows.width, self.column_channels, self.columns.width)
+        pairs = zip(gradient.reshape(self.stack.shape), self.weight.detach().reshape(self.stack.shape))
+        return torch.cat([kernels.project(dense, matrix, *sides) for dense, matrix in pairs]) * (2 * self.config.scale)
 
     def clear(self) -> None:
         """Forget a rotation that was never folded: the weight stays as it was before the step."""
@@ -107,10 +115,9 @@ class OrthogonalFactor:
         retract_all([(self, gain)])
 
     def skews(self) -> Iterator[tuple[Tensor, BlockLayout]]:
-        """The packed skew parameters, and the blocks, of each side that is rotated: rows, then columns."""
-        for packed, side in zip(self.q.split((self.rows.skew, self.columns.skew)), (self.rows, self.columns)):
-            if side.count:
-                yield packed, side
+        """The packed skew parameters, and the blocks, of each side that is rotated: rows, then columns, matrix by matrix."""
+        sides = self.stack.sides * self.stack.count
+        yield from zip(self.q.split([side.skew for side in sides]), sides)
 
     def fold(self, rotations: Sequence[Tensor]) -> None:
         """``W ← (I + E_rows) W (I + E_columns)``, and ``q ← 0``.
@@ -120,19 +127,18 @@ class OrthogonalFactor:
         """
         self.check_residual()
         given = iter(rotations)
-        rows = next(given) if self.rows.count else None
-        columns = next(given) if self.columns.count else None
-        weight = self.weight
-        kernels.rotate_(
-            weight.data,
-            self.residual,
-            rows,
-            self.row_channels,
-            columns,
-            self.column_channels,
-            self.columns.run,
-            self.precision,
-        )
+        weight, residual = self.weight, self.residual
+        matrices = weight.data.reshape(self.stack.shape)
+        residuals = None if residual is None else residual.reshape(self.stack.shape)
+        for place, matrix in enumerate(matrices):
+            remainder = None if residuals is None else residuals[place]
+            rows = next(given) if self.rows.count else None
+            columns = next(given) if self.columns.count else None
+            sides = (rows, self.row_channels, columns, self.column_channels)
+            kernels.rotate_(matrix, remainder, *sides, self.columns.run, self.precision)
+        _write_back(weight.data, matrices)
+        if residual is not None and residuals is not None:
+            _write_back(residual, residuals)
         torch.autograd.graph.increment_version(weight)
         self._seen = weight._version
         self.clear()
@@ -174,9 +180,9 @@ class OrthogonalFactor:
             PoetxError: the weight has another shape than at conversion.
         """
         weight = self.weight
-        if tuple(weight.shape) != (self.rows.features, self.columns.features):
+        if weight.shape != self._shape:
             raise PoetxError(
-                f"poetx: '{self.name}' was converted as {self.rows.features} x {self.columns.features} and is now "
+                f"poetx: '{self.name}' was converted as {' x '.join(map(str, self._shape))} and is now "
                 f"{' x '.join(map(str, weight.shape))}; call poetx_compile.restore(model) before changing a weight's shape"
             )
         if weight.device == self.q.device and weight.dtype == self._dtype:
@@ -195,10 +201,16 @@ class OrthogonalFactor:
         self._clean = self.q._version
 
 
-def layouts(weight: Tensor, config: PoetxConfig) -> tuple[BlockLayout, BlockLayout]:
-    """The blocks of rows and of columns that ``config`` gives a weight."""
-    m, n = weight.shape
-    return BlockLayout.of(m, config.block_size, config.chunk), BlockLayout.of(n, config.block_size, config.chunk)
+def stacked(weight: Tensor) -> tuple[int, int, int]:
+    """``[count, m, n]`` of a weight whose last two dimensions are matrices."""
+    m, n = weight.shape[-2:]
+    return weight.shape[:-2].numel(), m, n
+
+
+def _write_back(tensor: Tensor, matrices: Tensor) -> None:
+    """Copy what ``reshape`` had to copy: a kernel in channels-last memory has no view as a matrix."""
+    if matrices.data_ptr() != tensor.data_ptr():
+        tensor.copy_(matrices.view(tensor.shape))
 
 
 @torch.no_grad()

@@ -66,6 +66,35 @@ class BlockLayout:
         return (offset + runs[:, None] * self.chunk + torch.arange(self.chunk)).reshape(-1)
 
 
+@dataclass(frozen=True)
+class StackLayout:
+    """A weight read as ``count`` equal matrices, each with blocks of its own along both dimensions: one for a linear layer."""
+
+    count: int
+    rows: BlockLayout
+    columns: BlockLayout
+
+    @classmethod
+    def of(cls, matrices: tuple[int, int, int], block_size: int, chunk: int) -> StackLayout:
+        """The blocks of ``matrices`` ``[count, m, n]``."""
+        count, m, n = matrices
+        return cls(count, BlockLayout.of(m, block_size, chunk), BlockLayout.of(n, block_size, chunk))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.count, self.rows.features, self.columns.features
+
+    @property
+    def sides(self) -> tuple[BlockLayout, ...]:
+        """The sides of a matrix that are rotated: rows, then columns."""
+        return tuple(side for side in (self.rows, self.columns) if side.count)
+
+    @property
+    def skew(self) -> int:
+        """Numbers in the packed upper triangles of all blocks of all matrices."""
+        return self.count * sum(side.skew for side in self.sides)
+
+
 def permutation_key(seed: int, name: str) -> int:
     """What stands for (seed, parameter name) in every draw; 56 bits, so that it survives in a checkpoint."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")

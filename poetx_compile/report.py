@@ -161,7 +161,8 @@ def _row(name: str, parameter: nn.Parameter, owner: Optimizer | None, known: boo
 
 def _how(factor: OrthogonalFactor) -> str:
     sides = (f"{side.count}×{side.width}" if side.count else "fixed" for side in (factor.rows, factor.columns))
-    return f"rotation: {factor.route}, blocks {', '.join(sides)}"
+    each = f"{factor.stack.count} matrices, " if factor.stack.count > 1 else ""
+    return f"rotation: {factor.route}, {each}blocks {', '.join(sides)}"
 
 
 def _size(tensor: Tensor | None) -> int:

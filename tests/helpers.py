@@ -24,6 +24,22 @@ def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     return nn.Sequential(nn.Linear(22, 32), nn.Tanh(), nn.Linear(32, 20, bias=False), nn.LayerNorm(20)).to(dtype)
 
 
+class Experts(nn.Module):
+    """A stack of matrices and two kernels, one of them in channels-last memory, with the sizes of :func:`network`."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.Parameter(torch.randn(3, 22, 20) / 5)
+        self.conv = nn.Conv1d(3, 16, 3, padding=1)
+        self.image = nn.Conv2d(16, 5, (3, 1), padding=(1, 0)).to(memory_format=torch.channels_last)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        each = torch.bmm(x.expand(3, -1, -1), self.experts).transpose(0, 1)
+        return self.image(self.conv(each).tanh()[..., None])[..., 0].sum(1)
+
+
 def rotating(model: nn.Module, **options: Any) -> Callable[[Tensor], Tensor]:
     return torch.compile(model, backend="poetx", options=OPTIONS | options)
 

@@ -30,11 +30,14 @@ def orthogonal(skew: Tensor, layout: BlockLayout, channels: Tensor, scale: float
 
 
 def explicit_weight(factor: OrthogonalFactor, weight: Tensor, q: Tensor) -> Tensor:
-    """The weight that ``factor`` makes of ``weight`` when the optimizer has written ``q``."""
-    rows, columns = q.split((factor.rows.skew, factor.columns.skew))
-    left = orthogonal(rows, factor.rows, factor.row_channels, factor.config.scale)
-    right = orthogonal(columns, factor.columns, factor.column_channels, factor.config.scale)
-    return left @ weight @ right
+    """The weight that ``factor`` makes of ``weight`` when the optimizer has written ``q``, matrix by matrix of its stack."""
+    turned = []
+    for matrix, packed in zip(weight.reshape(factor.stack.shape), q.view(factor.stack.count, -1)):
+        rows, columns = packed.split((factor.rows.skew, factor.columns.skew))
+        left = orthogonal(rows, factor.rows, factor.row_channels, factor.config.scale)
+        right = orthogonal(columns, factor.columns, factor.column_channels, factor.config.scale)
+        turned.append(left @ matrix @ right)
+    return torch.stack(turned).view(weight.shape)
 
 
 def rotation_gradients(model: nn.Module, loss: Callable[[Callable[..., Any]], Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._higher_order_ops import map as control_map
+from torch._higher_order_ops import scan
 from torch.utils.checkpoint import checkpoint
 
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -43,6 +45,13 @@ class Spelled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight, self.bias)
+
+
+checkpointed = partial(checkpoint, use_reentrant=False)
+
+
+def _mapped(x: Tensor, w: Tensor, c: Tensor) -> Tensor:
+    return torch.vmap(partial(F.linear, weight=w, bias=c))(x)
 
 
 def _in_pieces(cut: Callable[[Tensor], tuple[Tensor, ...]]) -> Product:
@@ -86,6 +95,15 @@ CANONICAL = [
 ]
 """What takes the Gram route."""
 
+CHECKPOINTED = [
+    Spelling("checkpointed", lambda x, w, c: checkpointed(F.linear, x, w, c)),
+    Spelling("checkpointed, x @ W.t()", lambda x, w, c: checkpointed(lambda x, w, c: x.cos() @ w.t() + c, x, w, c)),
+    Spelling("checkpointed, addmm", lambda x, w, c: checkpointed(lambda x, w, c: c.addmm(x, w), x, w, c), transposed=True),
+    Spelling("checkpointed twice", lambda x, w, c: checkpointed(partial(checkpointed, F.linear), x, w, c)),
+    Spelling("checkpointed and not", lambda x, w, c: checkpointed(F.linear, x, w, c) * F.linear(x.cos(), w), uses=2),
+]
+"""What takes the Gram route within regions that run again in the backward pass."""
+
 OTHER = [
     Spelling("einsum", lambda x, w, c: torch.einsum("ni,oi->no", x, w)),
     Spelling("bmm with expanded weight", lambda x, w, c: torch.bmm(x[None], w.t().expand(1, -1, -1))[0]),
@@ -102,9 +120,79 @@ OTHER = [
     Spelling("addmm with alpha", lambda x, w, c: torch.addmm(c, x, w.t(), alpha=2.0)),
     Spelling("broadcast bias", lambda x, w, c: F.linear(x, w, c[:1])),
     Spelling("bias in two dimensions", lambda x, w, c: torch.addmm(c.expand(x.shape[0], -1), x, w.t())),
-    Spelling("checkpointed", lambda x, w, c: checkpoint(F.linear, x, w, c, use_reentrant=False)),
-    Spelling("under vmap", lambda x, w, c: torch.vmap(partial(F.linear, weight=w, bias=c))(x)),
+    Spelling("checkpointed slices", lambda x, w, c: checkpointed(_in_pieces(lambda w: w.chunk(2)), x, w, c)),
+    Spelling("checkpointed, and in another form", lambda x, w, c: checkpointed(F.linear, x, w, c) + F.linear(x, w[:1])),
+    Spelling("checkpointed under vmap", lambda x, w, c: checkpointed(lambda *of: _mapped(*of), x, w, c)),
+    Spelling("under vmap", lambda x, w, c: _mapped(x, w, c)),
     Spelling("under grad", lambda x, w, c: torch.func.grad(lambda t: F.linear(t, w, c).pow(3).sum())(x)),
+    Spelling("under cond", lambda x, w, c: torch.cond(x.sum() > 0, lambda t: F.linear(t, w, c), lambda t: t @ w.t(), (x,))),
+    Spelling("under map", lambda x, w, c: control_map(lambda t: F.linear(t, w, c), x)),
+    Spelling("under scan", lambda x, w, c: scan(lambda s, t: (s + F.linear(t, w, c), s.cos()), torch.zeros_like(c), x)[1]),
+    Spelling("scaled", lambda x, w, c: F.linear(x, w * 0.5, c)),
+    Spelling("scaled by a tensor", lambda x, w, c: F.linear(x, x.std() * w / c[0], c)),
+    Spelling("normalised", lambda x, w, c: F.linear(x, torch._weight_norm(w, c[:, None], 0), c)),
     Spelling("used twice in different forms", lambda x, w, c: F.linear(x, w, c) * F.linear(x.cos(), w[:1])),
 ]
 """What is rotated all the same, by the dense route."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """``product(x, W)`` with a weight that is read as ``matrices`` ``[count, m, n]``, for an input of shape ``x``."""
+
+    name: str
+    product: Callable[[Tensor, Tensor], Tensor]
+    weight: tuple[int, ...]
+    x: tuple[int, ...]
+    matrices: tuple[int, int, int]
+
+    def layer(self) -> StackLayer:
+        return StackLayer(self)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class StackLayer(nn.Module):
+    """A layer that is nothing but a weight of three dimensions or more."""
+
+    def __init__(self, stack: Stack) -> None:
+        super().__init__()
+        self.product = stack.product
+        self.weight = nn.Parameter(torch.randn(stack.weight, dtype=torch.float64) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight)
+
+
+def _experts_in_turn(x: Tensor, w: Tensor) -> Tensor:
+    return torch.stack([F.linear(part, expert) for part, expert in zip(x, w)])
+
+
+def _chosen_experts(x: Tensor, w: Tensor) -> Tensor:
+    chosen = x[..., 0].argsort() % w.shape[0]
+    return torch.bmm(x[:, None], w[chosen].mT)
+
+
+STACKS = [
+    Stack("torch.bmm", lambda x, w: torch.bmm(x, w), (3, 40, 17), (3, 5, 40), (3, 40, 17)),
+    Stack("x @ W", lambda x, w: x @ w, (3, 40, 17), (3, 5, 40), (3, 40, 17)),
+    Stack("x @ W.mT", lambda x, w: x @ w.mT, (3, 17, 40), (3, 5, 40), (3, 17, 40)),
+    Stack("torch.baddbmm", lambda x, w: torch.baddbmm(x[..., :1], x, w), (3, 40, 17), (3, 5, 40), (3, 40, 17)),
+    Stack("einsum of experts", lambda x, w: torch.einsum("ebd,edf->ebf", x, w), (3, 40, 17), (3, 5, 40), (3, 40, 17)),
+    Stack("einsum of heads", lambda x, w: torch.einsum("bd,hdk->bhk", x, w), (3, 40, 17), (5, 40), (3, 40, 17)),
+    Stack("two dimensions of experts", lambda x, w: x @ w, (2, 3, 40, 17), (2, 3, 5, 40), (6, 40, 17)),
+    Stack("experts in turn", _experts_in_turn, (3, 17, 40), (3, 5, 40), (3, 17, 40)),
+    Stack("chosen experts", _chosen_experts, (3, 17, 40), (5, 40), (3, 17, 40)),
+    Stack("F.bilinear", lambda x, w: F.bilinear(x, x.cos(), w), (5, 33, 33), (4, 33), (5, 33, 33)),
+]
+"""What is rotated matrix by matrix, by the dense route."""
+
+CONVOLUTIONS = [
+    Stack("F.conv1d", lambda x, w: F.conv1d(x, w), (20, 6, 3), (2, 6, 9), (1, 20, 18)),
+    Stack("F.conv2d", lambda x, w: F.conv2d(x, w, stride=2, padding=1), (20, 6, 3, 3), (2, 6, 9, 9), (1, 20, 54)),
+    Stack("F.conv2d, same", lambda x, w: F.conv2d(x, weight=w, padding="same"), (20, 6, 3, 3), (2, 6, 9, 9), (1, 20, 54)),
+    Stack("F.conv3d", lambda x, w: F.conv3d(x, w), (20, 3, 2, 2, 2), (2, 3, 4, 4, 4), (1, 20, 24)),
+    Stack("F.conv_transpose2d", lambda x, w: F.conv_transpose2d(x, w, stride=2), (20, 6, 3, 3), (2, 20, 5, 5), (1, 20, 54)),
+]
+"""What is rotated as one flat matrix, by the dense route, where ``include_conv`` says so."""

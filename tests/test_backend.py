@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from helpers import factor_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import rotation_gradients
-from spellings import CANONICAL, INPUTS, OTHER, Spelling
+from spellings import CANONICAL, CHECKPOINTED, CONVOLUTIONS, INPUTS, OTHER, STACKS, Spelling, Stack
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.pytorch_utils import Conv1D
 
 from poetx_compile.factor import factors
@@ -40,9 +41,9 @@ def plain(model: Any, **settings: Any) -> Any:
     return torch.compile(model, backend="aot_eager", **settings)
 
 
-def square(y: Tensor) -> Tensor:
+def square(y: Tensor | tuple[Tensor, ...]) -> Tensor:
     """A loss whose gradient is large everywhere."""
-    return (y - 1).square().mean()
+    return (y - 1).square().mean() if isinstance(y, Tensor) else square(torch.cat(y))
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -80,6 +81,20 @@ def fresh_counters() -> Iterator[None]:
     counters.clear()
 
 
+def keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    is_product = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "all is recomputed": {"use_reentrant": False},
+    "products are kept": {
+        "use_reentrant": False,
+        "context_fn": partial(create_selective_checkpoint_contexts, keep_products),
+    },
+}
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +117,7 @@ class Block(nn.Module):
         return x + self.down(F.silu(self.up(self.norm(x))))
 
 
-class Stack(nn.Module):
+class Blocks(nn.Module):
     def __init__(self, depth: int, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*[Block(dtype=dtype) for _ in range(depth)])
@@ -111,7 +126,7 @@ class Stack(nn.Module):
         return self.blocks(x)
 
 
-class Broken(Stack):
+class Broken(Blocks):
     """Two graphs with Python between them."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,7 +171,7 @@ assert "poetx" in torch.compiler.list_backends()
 class TestOutputs:
     """Conversion changes no output."""
 
-    @pytest.mark.parametrize("spelling", CANONICAL + OTHER, ids=str)
+    @pytest.mark.parametrize("spelling", CANONICAL + CHECKPOINTED + OTHER, ids=str)
     def test_bit_for_bit(self, spelling: Spelling) -> None:
         layer, x = spelling.layer(), torch.randn(5, INPUTS, dtype=torch.float64)
         expected = layer(x)
@@ -164,17 +179,23 @@ class TestOutputs:
         assert torch.equal(compiled(x), expected)
         assert factors.of_weight(layer.weight)
 
+    @pytest.mark.parametrize("stack", STACKS + CONVOLUTIONS, ids=str)
+    def test_bit_for_bit_with_stacks(self, stack: Stack) -> None:
+        layer, x = stack.layer(), torch.randn(stack.x, dtype=torch.float64)
+        assert torch.equal(rotating(layer, include_conv=True)(x), layer(x))
+        assert factor_of(layer.weight).stack.shape == stack.matrices
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
     @pytest.mark.parametrize("shape", [(32,), (3, 32), (2, 3, 32), (0, 32)], ids=str)
     def test_for_every_dtype_and_batch_shape(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        model, x = Stack(2, dtype), torch.randn(shape, dtype=dtype)
+        model, x = Blocks(2, dtype), torch.randn(shape, dtype=dtype)
         y = rotating(model)(x)
         assert torch.equal(y, model(x))
         assert y.dtype == dtype
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
     def test_without_gradients_nothing_is_converted(self, mode: Callable[[], AbstractContextManager[None]]) -> None:
-        model, x = Stack(1), torch.randn(4, 32, dtype=torch.float64)
+        model, x = Blocks(1), torch.randn(4, 32, dtype=torch.float64)
         compiled = rotating(model)
         with mode():
             assert torch.equal(compiled(x), model(x))
@@ -196,7 +217,7 @@ class TestOutputs:
             assert torch.equal(compiled(x), model(x))
 
     def test_through_inductor(self) -> None:
-        model, x = Stack(1, torch.bfloat16), torch.randn(4, 32, dtype=torch.bfloat16)
+        model, x = Blocks(1, torch.bfloat16), torch.randn(4, 32, dtype=torch.bfloat16)
         torch.testing.assert_close(torch.compile(model, backend="poetx", options={"block_size": 16})(x), model(x))
 
 
@@ -204,7 +225,7 @@ class TestGradients:
     """``W.grad`` is the gradient of the rotation; every other gradient is as it was."""
 
     @pytest.mark.parametrize("route", ["gram", "dense"])
-    @pytest.mark.parametrize("spelling", CANONICAL, ids=str)
+    @pytest.mark.parametrize("spelling", CANONICAL + CHECKPOINTED, ids=str)
     def test_of_canonical_products(self, spelling: Spelling, route: str) -> None:
         layer, x = spelling.layer(), torch.randn(5, INPUTS, dtype=torch.float64, requires_grad=True)
         square(rotating(layer, route=route)(x)).backward()
@@ -220,17 +241,39 @@ class TestGradients:
         check_against_oracle(layer, x)
         check_against_eager(layer, x)
 
+    @pytest.mark.parametrize("stack", STACKS + CONVOLUTIONS, ids=str)
+    def test_of_stacks(self, stack: Stack) -> None:
+        layer, x = stack.layer(), torch.randn(stack.x, dtype=torch.float64, requires_grad=True)
+        square(rotating(layer, route="gram", include_conv=True)(x)).backward()
+        assert factor_of(layer.weight).route == "dense"
+        check_against_oracle(layer, x)
+        check_against_eager(layer, x)
+
     @pytest.mark.parametrize(
         ("model", "shape"),
         [
-            (Stack(2), (4, 32)),
+            (Blocks(2), (4, 32)),
             (Attention(), (2, 5, 48)),
             (nn.TransformerEncoderLayer(48, 4, 64, dropout=0.0, batch_first=True, dtype=torch.float64), (2, 5, 48)),
+            (nn.TransformerEncoderLayer(48, 4, 64, dropout=0.0, batch_first=True, dtype=torch.float64).eval(), (2, 5, 48)),
+            (nn.utils.parametrizations.weight_norm(nn.Linear(40, 48, dtype=torch.float64)), (3, 40)),
+            (nn.utils.parametrizations.spectral_norm(nn.Linear(40, 48, dtype=torch.float64)).eval(), (3, 40)),
+            (nn.LSTMCell(40, 48, dtype=torch.float64), (3, 40)),
             (nn.Sequential(Conv1D(48, 40), nn.Tanh(), Conv1D(17, 48)).double(), (2, 3, 40)),
             (nn.Linear(8, 40, dtype=torch.float64), (3, 8)),
             (nn.Linear(40, 8, dtype=torch.float64), (3, 40)),
         ],
-        ids=["residual blocks", "attention", "encoder layer", "Conv1D", "only rows rotate", "only columns rotate"],
+        ids=[
+            *(
+                "residual blocks",
+                "attention",
+                "encoder layer",
+                "encoder layer in evaluation",
+                "weight norm",
+                "spectral norm",
+            ),
+            *("recurrent cell", "Conv1D", "only rows rotate", "only columns rotate"),
+        ],
     )
     def test_of_modules(self, model: nn.Module, shape: tuple[int, ...]) -> None:
         model, x = copy.deepcopy(model), torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -240,22 +283,47 @@ class TestGradients:
 
     @pytest.mark.parametrize("batch", [1, 2, 5])
     def test_of_dynamic_shapes_in_one_graph(self, batch: int) -> None:
-        model, x = Stack(1), torch.randn(batch, 32, dtype=torch.float64, requires_grad=True)
+        model, x = Blocks(1), torch.randn(batch, 32, dtype=torch.float64, requires_grad=True)
         square(torch.compile(model, backend="poetx", options=OPTIONS, fullgraph=True, dynamic=True)(x)).backward()
         check_against_oracle(model, x)
         check_against_eager(model, x)
 
-    def test_of_checkpointed_blocks(self) -> None:
-        class Checkpointed(Stack):
+    @pytest.mark.parametrize("kind", CHECKPOINTS)
+    def test_of_checkpointed_blocks(self, kind: str) -> None:
+        class Checkpointed(Blocks):
             def forward(self, x: Tensor) -> Tensor:
                 for block in self.blocks:
-                    x = checkpoint(block, x, use_reentrant=False)
+                    x = checkpoint(block, x, **CHECKPOINTS[kind])
                 return x
 
         model, x = Checkpointed(2), torch.randn(4, 32, dtype=torch.float64)
         square(rotating(model)(x)).backward()
-        assert {factor_of(block.up.weight).route for block in model.blocks} == {"dense"}
+        assert {factor_of(block.up.weight).route for block in model.blocks} == {"gram"}
         check_against_oracle(model, x)
+
+    @pytest.mark.parametrize("is_checkpointed", [False, True])
+    def test_checkpoints_save_no_more_activations_than_before(self, is_checkpointed: bool) -> None:
+        """Elsewhere the Gram route saves the output of each layer too."""
+
+        class Checkpointed(Blocks):
+            def forward(self, x: Tensor) -> Tensor:
+                for block in self.blocks:
+                    x = checkpoint(block, x, use_reentrant=False) if is_checkpointed else block(x)
+                return x
+
+        def saved(compile: Callable[[nn.Module], Any]) -> int:
+            numbers: list[int] = []
+
+            def pack(tensor: Tensor) -> Tensor:
+                numbers.append(tensor.numel() * (100 in tensor.shape))
+                return tensor
+
+            torch._dynamo.reset()
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                compile(Checkpointed(2))(torch.randn(100, 32, dtype=torch.float64))
+            return sum(numbers)
+
+        assert (saved(partial(rotating, route="gram")) > saved(plain)) is not is_checkpointed
 
     def test_of_a_part_that_does_not_learn(self) -> None:
         """Under ``no_grad``, or after ``detach``, a weight gets no gradient, though it is converted."""
@@ -275,7 +343,7 @@ class TestGradients:
         torch.testing.assert_close(model.up.weight.grad, factor_of(model.up.weight).project(dense), rtol=1e-10, atol=1e-12)
 
     def test_add_up_over_micro_batches(self) -> None:
-        model, x = Stack(1), torch.randn(8, 32, dtype=torch.float64)
+        model, x = Blocks(1), torch.randn(8, 32, dtype=torch.float64)
         compiled = rotating(model)
         square(compiled(x)).backward()
         whole = gradients(model)
@@ -286,8 +354,16 @@ class TestGradients:
             torch.testing.assert_close(gradient, whole[name], rtol=1e-11, atol=1e-14)
 
     def test_of_a_compiled_function_that_calls_the_model_and_its_loss(self) -> None:
-        model, x = Stack(1), torch.randn(8, 32, dtype=torch.float64)
+        model, x = Blocks(1), torch.randn(8, 32, dtype=torch.float64)
         rotating(lambda x: square(model(x)))(x).backward()
+        check_against_oracle(model, x)
+
+    def test_of_functional_code(self) -> None:
+        """Parameters that come as arguments, and a module that is called with them."""
+        model, x = Blocks(1), torch.randn(8, 32, dtype=torch.float64)
+        parameters = dict(model.named_parameters())
+        step = rotating(lambda parameters, x: square(torch.func.functional_call(model, parameters, (x,))))
+        step(parameters, x).backward()
         check_against_oracle(model, x)
 
     def test_of_weights_in_any_memory_order(self) -> None:
@@ -302,7 +378,7 @@ class TestGradients:
         assert layer.weight.stride() == (1, 48)
 
     def test_through_inductor(self) -> None:
-        model, x = Stack(1), torch.randn(4, 32, dtype=torch.float64, requires_grad=True)
+        model, x = Blocks(1), torch.randn(4, 32, dtype=torch.float64, requires_grad=True)
         square(torch.compile(model, backend="poetx", options={"block_size": 16}, fullgraph=True, dynamic=True)(x)).backward()
         check_against_oracle(model, x)
         check_against_eager(model, x)
@@ -344,7 +420,7 @@ class Network(nn.Module):
 SIZES = st.sampled_from([16, 17, 33, 40, 48])
 LAYERS = st.builds(
     Layer,
-    spelling=st.sampled_from([spelling for spelling in CANONICAL + OTHER if spelling.name != "under grad"]),
+    spelling=st.sampled_from([spelling for spelling in CANONICAL + CHECKPOINTED + OTHER if spelling.name != "under grad"]),
     outputs=SIZES,
     activation=st.sampled_from([torch.tanh, F.silu, F.gelu, torch.cos]),
     residual=st.booleans(),
@@ -412,7 +488,7 @@ class TestCompilations:
 
     @pytest.mark.parametrize(
         ("make", "dynamic"),
-        [(Stack, None), (Stack, True), (Stack, False), (Broken, None)],
+        [(Blocks, None), (Blocks, True), (Blocks, False), (Broken, None)],
         ids=["auto", "dynamic", "static", "broken"],
     )
     @pytest.mark.parametrize("batches", [[4] * 5, [4, 5, 1, 6]], ids=["one batch size", "many batch sizes"])
@@ -428,7 +504,7 @@ class TestCompilations:
     def test_one_for_twelve_equal_blocks(self) -> None:
         x = torch.randn(4, 32, dtype=torch.float64, requires_grad=True)
 
-        def train(model: Stack) -> tuple[int, int]:
+        def train(model: Blocks) -> tuple[int, int]:
             optimizer = torch.optim.SGD(model.parameters(), 0.1)
             for _ in range(3):
                 optimizer.zero_grad()
@@ -438,13 +514,13 @@ class TestCompilations:
             square(model(x)).backward()
             return compilations()
 
-        model = Stack(12)
+        model = Blocks(12)
         for block in model.blocks:
             block.compile(backend="aot_eager")
         expected = train(model)
         torch._dynamo.reset()
         counters.clear()
-        model = Stack(12)
+        model = Blocks(12)
         for block in model.blocks:
             block.compile(backend="poetx", options=OPTIONS)
         assert train(model) == expected == (1, 1)
@@ -453,7 +529,7 @@ class TestCompilations:
         check_against_oracle(model, x)
 
     def test_one_for_two_instances_of_a_class(self) -> None:
-        models, x = [Stack(1), Stack(1)], torch.randn(4, 32, dtype=torch.float64)
+        models, x = [Blocks(1), Blocks(1)], torch.randn(4, 32, dtype=torch.float64)
         for model in models:
             square(plain(model)(x)).backward()
         expected = compilations()
@@ -465,17 +541,29 @@ class TestCompilations:
             check_against_oracle(model, x)
         assert compilations() == expected
 
+    def test_one_for_two_convolutions(self) -> None:
+        """The second kernel meets code that was compiled for the first, and is read as the same matrix."""
+        stack = CONVOLUTIONS[1]
+        layers, x = [stack.layer() for _ in range(2)], torch.randn(stack.x, dtype=torch.float64)
+        for layer in layers:
+            square(rotating(layer, include_conv=True)(x)).backward()
+            check_against_oracle(layer, x)
+            assert factor_of(layer.weight).stack.shape == stack.matrices
+        assert compilations() == (1, 1)
+
 
 class TestPrecision:
+    @pytest.mark.parametrize("is_checkpointed", [False, True], ids=["kept", "checkpointed"])
     @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
     @pytest.mark.parametrize("route", ["gram", "dense"])
-    def test_autocast(self, inside: bool, route: str) -> None:
+    def test_autocast(self, inside: bool, route: str, is_checkpointed: bool) -> None:
         """Around the compiled region or within it: dtypes and gradients are those of plain compilation."""
 
-        class Casting(Stack):
+        class Casting(Blocks):
             def forward(self, x: Tensor) -> Tensor:
+                forward = super().forward
                 with torch.autocast("cpu", torch.bfloat16) if inside else nullcontext():
-                    return super().forward(x)
+                    return checkpoint(forward, x, use_reentrant=False) if is_checkpointed else forward(x)
 
         model, x = Casting(1, torch.float32), torch.randn(64, 32)
 
@@ -502,7 +590,7 @@ class TestPrecision:
                 assert (gradient - projected).norm() < 2**-7 * projected.norm()
 
     def test_autocast_through_inductor(self) -> None:
-        model, x = Stack(1, torch.float32), torch.randn(16, 32)
+        model, x = Blocks(1, torch.float32), torch.randn(16, 32)
         compiled = torch.compile(model, backend="poetx", options={"block_size": 16})
         with torch.autocast("cpu", torch.bfloat16):
             y = compiled(x)
@@ -548,7 +636,7 @@ class TestParameters:
         assert torch.equal(compiled(x), layer(x))
 
     def test_freezing_and_thawing(self) -> None:
-        model, x = Stack(1), torch.randn(4, 32, dtype=torch.float64)
+        model, x = Blocks(1), torch.randn(4, 32, dtype=torch.float64)
         compiled, optimizer = rotating(model), torch.optim.AdamW(model.parameters(), 1e-2)
         weight = model.blocks[0].up.weight
         for frozen in (False, True, False, True):
@@ -582,9 +670,9 @@ class TestParameters:
             check_against_oracle(layer, x)
 
 
-def trained(dtype: torch.dtype) -> tuple[Stack, Model, Tensor]:
+def trained(dtype: torch.dtype) -> tuple[Blocks, Model, Tensor]:
     """A model that has left its start, its compiled form and an input."""
-    model, x = Stack(2, dtype), torch.randn(8, 32, dtype=dtype)
+    model, x = Blocks(2, dtype), torch.randn(8, 32, dtype=dtype)
     start = copy.deepcopy(model)
     compiled, optimizer = rotating(model), torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
     for _ in range(5):
@@ -601,7 +689,7 @@ class TestAgreement:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
     def test_raw_forward_state_dict_and_copy(self, dtype: torch.dtype) -> None:
         model, compiled, x = trained(dtype)
-        fresh = Stack(2, dtype)
+        fresh = Blocks(2, dtype)
         assert fresh.state_dict().keys() == model.state_dict().keys()
         fresh.load_state_dict(model.state_dict())
         for other in (model, fresh, copy.deepcopy(model), copy.deepcopy(compiled)):
@@ -678,13 +766,13 @@ class TestDistributed:
 
     @pytest.mark.parametrize("order", ["wrapped, then compiled", "compiled, then wrapped"])
     def test_ddp_is_refused_in_one_sentence(self, order: str) -> None:
-        model, wrap = Stack(1), nn.parallel.DistributedDataParallel
+        model, wrap = Blocks(1), nn.parallel.DistributedDataParallel
         module = rotating(wrap(model)) if order.startswith("wrapped") else wrap(rotating(model))
         with pytest.raises(Exception, match=r"wrapped in DistributedDataParallel.*drop the wrapper"):
             module(torch.randn(4, 32, dtype=torch.float64))
         assert not any(factors.of_weight(weight) for weight in model.parameters())
 
     def test_a_process_group_alone_does_not_matter(self) -> None:
-        model, x = Stack(1), torch.randn(4, 32, dtype=torch.float64)
+        model, x = Blocks(1), torch.randn(4, 32, dtype=torch.float64)
         square(rotating(model)(x)).backward()
         check_against_oracle(model, x)

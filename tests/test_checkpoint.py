@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import factor_of, loss, network, rotating, train, values
+from helpers import Experts, factor_of, loss, network, rotating, train, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 from poetx_compile import PoetxError, PoetxWarning
+from poetx_compile.factor import factors
 
 exact = partial(torch.testing.assert_close, rtol=0, atol=0)
 
@@ -43,7 +44,7 @@ class Run:
     """A training script: what it builds, saves and loads."""
 
     def __init__(self, kind: str = "AdamW", dtype: torch.dtype = torch.float32, **options: Any) -> None:
-        self.model = network(dtype)
+        self.model: nn.Module = network(dtype)
         self.optimizer = OPTIMIZERS[kind](self.model.parameters())
         self.options = options
         self.compiled: Callable[[Tensor], Tensor] = self.model
@@ -53,7 +54,7 @@ class Run:
         return self
 
     def forward(self) -> None:
-        loss(self.compiled, 77, self.model[0].weight.dtype)
+        loss(self.compiled, 77, next(self.model.parameters()).dtype)
 
     def train(self, first: int, last: int) -> Run:
         train(self.compiled, self.optimizer, range(first, last))
@@ -157,6 +158,24 @@ class TestResume:
         exact(values(resumed.model), values(run.model))
         run.train(saved_at, LAST)
         resumed.train(saved_at, LAST)
+        exact(values(resumed.model), values(run.model))
+        exact(state(resumed.save()), state(run.save()))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("load", MOMENTS[::2])
+    def test_is_exact_for_stacks_and_kernels(self, dtype: str, load: Callable[[Run, io.BytesIO], None]) -> None:
+        def start() -> Run:
+            run = Run(dtype=DTYPES[dtype], permutation_period=3, include_conv=True)
+            run.model = Experts(DTYPES[dtype])
+            run.optimizer = OPTIMIZERS["AdamW"](run.model.parameters())
+            return run
+
+        run = start().compile().train(0, 4)
+        assert sum(factors.of_weight(parameter) is not None for parameter in run.model.parameters()) == 3
+        resumed, file = start(), run.save()
+        load(resumed, file)
+        run.train(4, LAST)
+        resumed.train(4, LAST)
         exact(values(resumed.model), values(run.model))
         exact(state(resumed.save()), state(run.save()))
 

@@ -40,6 +40,7 @@ WRONG = [
     ("exclude", ["gate", 3], "'exclude' must be a list of names"),
     ("exclude", None, "'exclude' must be a list of names, not None"),
     ("heads", 5, "'heads' must be a list of names, not 5"),
+    ("include_conv", 1, "'include_conv' must be bool, not 1"),
     ("route", "fast", "'route' must be one of auto, gram, dense, not 'fast'"),
     ("route", None, "'route' must be str"),
     ("precision", "fp32", "'precision' must be one of auto, ieee, tf32x3, tf32, not 'fp32'"),

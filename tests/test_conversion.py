@@ -40,7 +40,8 @@ class TestAdopt:
         assert conversion.adopt(weight, "elsewhere", CONFIG) is factor is factors.of_weight(weight)
 
     @pytest.mark.parametrize(
-        ("field", "other"), [("block_size", 32), ("chunk", 4), ("scale", 0.5), ("seed", 1), ("permutation_period", 7)]
+        ("field", "other"),
+        [("block_size", 32), ("chunk", 4), ("scale", 0.5), ("seed", 1), ("permutation_period", 7), ("include_conv", True)],
     )
     def test_other_settings_are_refused(self, weight: nn.Parameter, field: str, other: float) -> None:
         conversion.adopt(weight, "fc.weight", CONFIG)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import explicit_weight
-from strategies import SEEDS, OwningFactor, factors, normal
+from strategies import KINDS, SEEDS, OwningFactor, factors, normal
 from torch import Tensor, nn
 
 from poetx_compile import PoetxConfig
@@ -46,12 +46,42 @@ def master(factor: OrthogonalFactor) -> Tensor:
 # --- Folding ---------------------------------------------------------------------------------------------------------
 
 
-@given(factors(), GAINS, SEEDS)
+@given(factors(kinds=KINDS), GAINS, SEEDS)
 def test_folding_makes_the_explicit_weight(factor: OwningFactor, gain: float, seed: int) -> None:
     before = factor.weight.detach().clone()
     q = turn(factor, seed, 0.1 / gain)
     factor.retract(gain)
     torch.testing.assert_close(factor.weight.detach(), explicit_weight(factor, before, gain * q), rtol=1e-12, atol=1e-12)
+
+
+@of_dtypes
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_kernel_is_folded_in_any_memory_order(dtype: torch.dtype, channels_last: bool) -> None:
+    kernel = normal(32, 5, 3, 3, seed=1, dtype=dtype)
+    flat = OwningFactor(nn.Parameter(kernel.flatten(1).clone()), "weight", CONFIG)
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    factor = OwningFactor(nn.Parameter(kernel.to(memory_format=memory)), "weight", CONFIG, (1, 32, 45))
+    for step in range(3):
+        turn(flat, step)
+        turn(factor, step)
+        flat.retract()
+        factor.retract()
+    assert torch.equal(factor.weight, flat.weight.view(32, 5, 3, 3))
+    assert torch.equal(master(factor), master(flat).view(32, 5, 3, 3))
+    assert factor.weight.is_contiguous(memory_format=memory)
+
+
+@of_dtypes
+def test_the_matrices_of_a_stack_turn_each_on_its_own(dtype: torch.dtype) -> None:
+    matrices = normal(3, 32, 50, seed=1, dtype=dtype)
+    stack = OwningFactor(nn.Parameter(matrices.clone()), "weight", CONFIG)
+    alone = [OwningFactor(nn.Parameter(matrix.clone()), "weight", CONFIG) for matrix in matrices]
+    q = turn(stack, seed=0)
+    for factor, part in zip(alone, q.chunk(3)):
+        with torch.no_grad():
+            factor.q.copy_(part)
+    retract_all((factor, 1.0) for factor in (stack, *alone))
+    assert torch.equal(master(stack), torch.stack([master(factor) for factor in alone]))
 
 
 @of_dtypes
@@ -149,7 +179,7 @@ def test_rounding_does_not_lengthen_a_half_precision_weight(dtype: torch.dtype) 
 # --- Gradients -------------------------------------------------------------------------------------------------------
 
 
-@given(factors(), SEEDS)
+@given(factors(kinds=KINDS), SEEDS)
 def test_a_projected_gradient_is_that_of_the_explicit_weight(factor: OwningFactor, seed: int) -> None:
     weight = factor.weight.detach()
     gradient = normal(*weight.shape, seed=seed)

@@ -18,6 +18,7 @@ import torch
 from helpers import Explicit, factor_of, loss, network, rotating, train, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optimizers import FUSED, OPTIMIZERS, REFUSED
 from torch import Tensor, nn, optim
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer, lr_scheduler
@@ -27,26 +28,6 @@ from poetx_compile import PoetxError
 
 exact = partial(torch.testing.assert_close, rtol=0, atol=0)
 close = partial(torch.testing.assert_close, rtol=0, atol=1e-10)
-
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "SGD": partial(optim.SGD, lr=0.1),
-    "SGD, momentum": partial(optim.SGD, lr=0.05, momentum=0.9, dampening=0.1),
-    "SGD, Nesterov": partial(optim.SGD, lr=0.05, momentum=0.9, nesterov=True),
-    "Adam": partial(optim.Adam, lr=0.01),
-    "Adam, amsgrad": partial(optim.Adam, lr=0.01, amsgrad=True, weight_decay=0.1),
-    "AdamW": partial(optim.AdamW, lr=0.01, weight_decay=0.1),
-    "NAdam": partial(optim.NAdam, lr=0.01),
-    "RAdam": partial(optim.RAdam, lr=0.01),
-    "Adamax": partial(optim.Adamax, lr=0.01),
-    "Adagrad": partial(optim.Adagrad, lr=0.02, lr_decay=0.1, initial_accumulator_value=0.01),
-    "Adadelta": partial(optim.Adadelta, lr=1.0),
-    "RMSprop": partial(optim.RMSprop, lr=0.005),
-    "RMSprop, centered": partial(optim.RMSprop, lr=0.005, centered=True, momentum=0.5),
-    "Rprop": partial(optim.Rprop, lr=0.005),
-    "ASGD": partial(optim.ASGD, lr=0.05, t0=2),
-    "Adafactor": partial(optim.Adafactor, lr=0.01),
-}
-FUSED = ("SGD", "SGD, momentum", "SGD, Nesterov", "Adam", "Adam, amsgrad", "AdamW", "Adagrad")
 
 SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     "constant": partial(lr_scheduler.ConstantLR, total_iters=2),
@@ -136,6 +117,11 @@ class TestEveryTorchOptimizer:
 
         close(values(model), values(explicit.model))
         assert rates == expected_rates
+
+    def test_is_tested_here_or_refused_by_name(self) -> None:
+        classes = {name for name, thing in vars(optim).items() if isinstance(thing, type) and issubclass(thing, Optimizer)}
+        trained = {kind.split(",")[0] for kind in OPTIMIZERS}
+        assert classes - {"Optimizer"} == trained | set(REFUSED)
 
     @pytest.mark.parametrize("kind", ["AdamW", "Rprop", "Adagrad", "NAdam", "SGD, momentum", "Adafactor"])
     def test_starts_anew_with_each_draw_of_permutations(self, kind: str) -> None:
@@ -601,22 +587,16 @@ class TestRefusals:
         train(rotating(model), optim.AdamW(model.parameters(), lr=0.01), range(2))
         assert not torch.equal(model[0].weight, before[0])
 
-    @pytest.mark.parametrize(
-        "make, reason",
-        [
-            (lambda model: optim.LBFGS(model.parameters()), "LBFGS cannot train .* trial points"),
-            (lambda model: optim.SparseAdam(list(model.parameters())), "SparseAdam cannot train .* sparse"),
-            (lambda model: optim.Muon([model[0].weight, model[2].weight]), "Muon cannot train .* matrices"),
-        ],
-    )
-    def test_optimizers_that_need_something_else(self, make: Callable[[nn.Module], Optimizer], reason: str) -> None:
+    @pytest.mark.parametrize("kind", REFUSED)
+    def test_optimizers_that_need_something_else(self, kind: str) -> None:
         model = network()
         compiled = rotating(model)
+        make, reason = REFUSED[kind]
         optimizer = make(model)
         value = loss(compiled, 0)
         value.backward()
         before = values(model)
-        with pytest.raises(PoetxError, match=reason + r".*AdamW.*exclude.*0\.weight"):
+        with pytest.raises(PoetxError, match=f"{kind} cannot train .*{reason}" + r".*AdamW.*exclude.*0\.weight"):
             optimizer.step(lambda: value)
         self.after_refusal(model, optimizer, before)
 

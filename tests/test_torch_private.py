@@ -13,9 +13,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._higher_order_ops import map as control_map
+from torch._higher_order_ops import scan
 from torch._subclasses.fake_tensor import is_fake
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from poetx_compile import _torch
 
@@ -54,17 +57,21 @@ def test_every_function_is_pinned_here() -> None:
     assert functions == {
         "active_ddp",
         "add_input",
+        "bodies",
+        "checkpointed",
         "compile_with_aot_eager",
         "compile_with_inductor",
         "copy_graph",
         "distributed_wrapper",
         "functorch_nodes",
+        "graph_break",
         "gradient_hooks",
         "inductor_modes",
         "inductor_option_names",
         "inductor_option_type",
         "is_tracing",
         "live_optimizers",
+        "map_tensors",
         "on_optimizer_state_loaded",
         "own_grad",
         "replace_grad_attribute",
@@ -72,6 +79,7 @@ def test_every_function_is_pinned_here() -> None:
         "set_own_grad",
         "source_name",
         "steps_running",
+        "tensors_in",
     }
 
 
@@ -173,6 +181,72 @@ def test_functorch_nodes_are_those_under_a_transform(transform: Callable[..., An
     inside = _torch.functorch_nodes(gm)
     calls = {node.target: node in inside for node in gm.graph.nodes}
     assert (calls[torch.tan], calls[torch.sin], calls[torch.cos]) == (False, True, False)
+
+
+@pytest.mark.parametrize(
+    ("call", "count"),
+    [
+        (lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)), 2),
+        (lambda x: checkpoint(torch.sin, x, use_reentrant=False), 1),
+        (lambda x: scan(lambda s, t: (s + t, s.sin()), torch.zeros(3), x)[1], 1),
+        (lambda x: control_map(torch.sin, x), 1),
+        (lambda x: torch.nn.attention.flex_attention.flex_attention(*[x[None, None]] * 3), 0),
+        (torch.sin, 0),
+    ],
+    ids=["cond", "checkpoint", "scan", "map", "flex_attention", "no higher-order op"],
+)
+def test_bodies_take_the_last_operands(call: Callable[..., Any], count: int) -> None:
+    gm, _ = capture(lambda x: call(x.tan()), torch.ones(2, 3))
+    found = [body for node in gm.graph.nodes for body in _torch.bodies(node)]
+    assert len(found) == count
+    for body in found:
+        assert any(node.target in (torch.sin, torch.cos, "sin") for node in body.graph.nodes)
+
+
+def test_a_checkpointed_region_is_copied_with_its_graph() -> None:
+    gm, _ = capture(lambda x: checkpoint(torch.sin, x.tan(), use_reentrant=False), torch.ones(2, 3))
+    regions = [
+        [region for node in module.graph.nodes if (region := _torch.checkpointed(node)) is not None]
+        for module in (gm, _torch.copy_graph(gm))
+    ]
+    ((original,), (copied,)) = regions
+    assert copied is not original
+    assert copied.graph is not original.graph
+    assert [node.target for node in copied.graph.nodes] == [node.target for node in original.graph.nodes]
+    x = torch.ones(2, 3)
+    assert torch.equal(_torch.copy_graph(gm)(x)[0], gm(x)[0])
+
+
+def test_weight_norm_takes_the_direction_first() -> None:
+    direction, magnitude = torch.randn(3, 4), torch.randn(3, 1)
+    torch.testing.assert_close(_torch.WEIGHT_NORM(direction, magnitude, 0), F.normalize(direction) * magnitude)
+    gm, _ = capture(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), torch.ones(2, 3))
+    assert _torch.WEIGHT_NORM in {node.target for node in gm.graph.nodes}
+
+
+def test_graph_break_ends_a_graph_and_is_nothing_elsewhere() -> None:
+    graphs: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        graphs.append(gm)
+        return gm.forward
+
+    def function(x: Tensor) -> Tensor:
+        y = x.sin()
+        _torch.graph_break()
+        return y.cos()
+
+    x = torch.ones(2)
+    assert torch.equal(torch.compile(function, backend=backend)(x), function(x))
+    assert len(graphs) == 2
+
+
+def test_tensors_in_nested_containers() -> None:
+    tree = {"a": [torch.ones(1), 3], "b": (torch.zeros(2), None)}
+    assert [tensor.shape[0] for tensor in _torch.tensors_in(tree)] == [1, 2]
+    doubled = _torch.map_tensors(lambda tensor: torch.cat([tensor, tensor]), tree)
+    assert [tensor.shape[0] for tensor in _torch.tensors_in(doubled)] == [2, 4]
+    assert (doubled["a"][1], doubled["b"][1]) == (3, None)
 
 
 def test_a_backend_call_is_tracing_and_the_code_it_makes_is_not() -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .._torch import functorch_nodes, gradient_hooks, source_name
+from .._torch import checkpointed, functorch_nodes, gradient_hooks, source_name
 from ..config import PoetxConfig
-from ..factor import factors, layouts
+from ..factor import factors, stacked
+from ..layout import StackLayout
 from .normalize import ADDMM, LINEAR, MATMUL, is_bias
 from .uses import Use, UseGraph
 
@@ -24,30 +25,34 @@ class SkipReason(enum.Enum):
 
     FROZEN = "frozen (requires_grad=False)"
     NOT_A_MATRIX = "not a matrix"
-    DTYPE = "not a floating dtype that can be rotated"
+    DTYPE = "not a plain nn.Parameter of a floating dtype"
     EXCLUDED = "excluded by name"
     HEAD = "output head"
     EMBEDDING = "embedding"
     TIED = "tied to an embedding"
     UNUSED = "not used in the graph"
     NOT_A_LINEAR = "not only used as the weight of a linear layer"
+    CONVOLUTION = "kernel of a convolution (include_conv=False)"
+    GROUPED = "kernel of a grouped convolution"
     NO_INPUT = "multiplied with other parameters only"
     TOO_SMALL = "both dimensions shorter than a chunk"
     GRADIENT_HOOK = "a gradient hook waits for its dense gradient"
-    ZERO = "all zeros, which no rotation can change"
+    ZERO = "a matrix of zeros, which no rotation can change"
 
 
 @dataclass(frozen=True)
 class LinearMatch:
     """A weight to convert.
 
-    ``uses`` are its products in canonical form if it has no other uses, else empty: then only the dense route serves.
+    ``matrices`` ``[count, m, n]`` is the stack as which it is rotated: itself where it is a matrix. ``uses`` are its products
+    in canonical form if it has no other uses, else empty: then only the dense route serves.
     """
 
     placeholder: fx.Node
     index: int
     weight: nn.Parameter
     name: str
+    matrices: tuple[int, int, int]
     uses: tuple[fx.Node, ...]
 
 
@@ -74,10 +79,10 @@ def match(
     """
     graph = UseGraph(gm, inputs)
     parameters = {node: value for node, value in inputs.items() if isinstance(value, nn.Parameter)}
-    uses = {node: list(graph.uses(node)) for node, weight in parameters.items() if weight.ndim == 2}
-    linears = {use.node for found in uses.values() for use in found if use.is_product}
+    uses = {node: list(graph.uses(node)) for node, weight in parameters.items() if weight.ndim >= 2}
+    linears = {use.node for found in uses.values() for use in found if use.is_product or use.is_convolution}
     linears |= {node for node in gm.graph.nodes if node.target is LINEAR}
-    transformed = functorch_nodes(gm)
+    transformed = _transformed(gm)
     matches, skips = [], []
     for index, (node, value) in enumerate(inputs.items()):
         if node not in parameters:
@@ -87,7 +92,11 @@ def match(
         if reason is not None:
             skips.append(Skip(index, value, name, reason))
         else:
-            matches.append(LinearMatch(node, index, value, name, _canonical(uses[node], transformed)))
+            matches.append(
+                LinearMatch(
+                    node, index, value, name, _matrices(value, uses[node]), _canonical(value, uses[node], transformed)
+                )
+            )
     return matches, skips
 
 
@@ -96,7 +105,7 @@ def _reason(
 ) -> SkipReason | None:
     if not weight.requires_grad:
         return SkipReason.FROZEN
-    if weight.ndim != 2:
+    if weight.ndim < 2 or (weight.ndim == 2 and 1 in weight.shape):
         return SkipReason.NOT_A_MATRIX
     if factors.of_weight(weight) is not None:
         return None
@@ -109,27 +118,60 @@ def _reason(
         return SkipReason.EMBEDDING if all(embedded) else SkipReason.TIED
     if not uses:
         return SkipReason.UNUSED
-    if not all(use.is_product for use in uses):
-        return SkipReason.NOT_A_LINEAR
+    convolved = [use.is_convolution for use in uses]
+    if not all(convolved if any(convolved) else [use.is_product for use in uses]):
+        return (
+            SkipReason.NOT_A_LINEAR if weight.ndim == 2 or any(use.is_product for use in uses) else SkipReason.NOT_A_MATRIX
+        )
+    if any(use.is_grouped for use in uses):
+        return SkipReason.GROUPED
+    if any(convolved) and not config.include_conv:
+        return SkipReason.CONVOLUTION
+    stack = StackLayout.of(_matrices(weight, uses), config.block_size, config.chunk)
+    if 1 in stack.shape[1:]:
+        return SkipReason.NOT_A_MATRIX
     if is_named(name, config.heads) or any(graph.reaches_loss(use.node, linears) for use in uses):
         return SkipReason.HEAD
     if not all(use.node.target is LINEAR or graph.has_data(use) for use in uses):
         return SkipReason.NO_INPUT
-    if not any(side.count for side in layouts(weight, config)):
+    if not stack.sides:
         return SkipReason.TOO_SMALL
-    return unfit(weight)
+    return unfit(weight, stack.shape)
 
 
-def unfit(weight: nn.Parameter) -> SkipReason | None:
-    """What keeps this very parameter from being rotated, whatever the graph. Waits for the device."""
+def unfit(weight: nn.Parameter, matrices: tuple[int, int, int] | None = None) -> SkipReason | None:
+    """What keeps this very parameter from being rotated, whatever the graph. Waits for the device.
+
+    Args:
+        matrices: the stack ``[count, m, n]`` as which it is rotated; by default over its last two dimensions.
+    """
     if gradient_hooks(weight):
         return SkipReason.GRADIENT_HOOK
-    return None if bool(weight.detach().any()) else SkipReason.ZERO
+    moves = weight.detach().reshape(matrices or stacked(weight)).flatten(1).any(1)
+    return None if bool(moves.all()) else SkipReason.ZERO
 
 
-def _canonical(uses: list[Use], transformed: set[fx.Node]) -> tuple[fx.Node, ...]:
+def _matrices(weight: nn.Parameter, uses: list[Use]) -> tuple[int, int, int]:
+    """``[count, m, n]``: the kernel of a convolution is one flat matrix, any other weight a stack over its last dimensions."""
+    if uses and uses[0].is_convolution:
+        return 1, weight.shape[0], weight.shape[1:].numel()
+    return stacked(weight)
+
+
+def _transformed(gm: fx.GraphModule) -> set[fx.Node]:
+    """What runs under a transform of ``torch.func``, in checkpointed regions too."""
+    found = functorch_nodes(gm)
+    for node in gm.graph.nodes:
+        region = checkpointed(node)
+        if region is not None:
+            found |= set(region.graph.nodes) if node in found else _transformed(region)
+    return found
+
+
+def _canonical(weight: nn.Parameter, uses: list[Use], transformed: set[fx.Node]) -> tuple[fx.Node, ...]:
     """The nodes of all uses if each is a product that the rotated op can stand for, else nothing."""
-    canonical = all(use.direct and use.node not in transformed and _is_canonical(use.node, use.operand) for use in uses)
+    direct = weight.ndim == 2 and all(use.direct and use.node not in transformed for use in uses)
+    canonical = direct and all(_is_canonical(use.node, use.operand) for use in uses)
     return tuple(use.node for use in uses) if canonical else ()
 
 

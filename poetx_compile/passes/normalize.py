@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .uses import TRANSPOSED
+from .._torch import checkpointed
+from .uses import TRANSPOSED, handed_on
 
 LINEAR = torch._C._nn.linear
 MATMUL = torch.matmul
@@ -22,7 +23,7 @@ _PRODUCTS = {torch.matmul, torch.linalg.matmul, torch.mm, operator.matmul, "matm
 
 
 def normalize(gm: fx.GraphModule, inputs: dict[fx.Node, Any]) -> fx.GraphModule:
-    """Rewrite products with a weight, transposed or not, in ``gm`` itself.
+    """Rewrite products with a weight, transposed or not, in ``gm`` itself and in its checkpointed regions.
 
     Args:
         gm: a graph that may be edited.
@@ -30,6 +31,9 @@ def normalize(gm: fx.GraphModule, inputs: dict[fx.Node, Any]) -> fx.GraphModule:
     """
     weights = {node for node, value in inputs.items() if isinstance(value, nn.Parameter) and value.ndim == 2}
     for node in list(gm.graph.nodes):
+        region = checkpointed(node)
+        if region is not None:
+            normalize(region, {inner: inputs.get(outer) for outer, inner in handed_on(node, region)})
         canonical = _canonical(node, weights)
         if canonical is None:
             continue

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from ..config import PoetxConfig
-from ..factor import layouts
+from ..layout import StackLayout
 from .match import LinearMatch
 
 
@@ -21,11 +21,11 @@ def choose_route(match: LinearMatch, config: PoetxConfig) -> str:
         return "dense"
     if config.route == "gram":
         return "gram"
-    rows, columns = layouts(match.weight, config)
-    m, n = match.weight.shape
+    stack = StackLayout.of(match.matrices, config.block_size, config.chunk)
+    _, m, n = stack.shape
     tokens = sum(_tokens(use) for use in match.uses)
-    gram = tokens * (m * rows.width + n * columns.width)
-    dense = tokens * m * n + m * n * (rows.width + columns.width)
+    gram = tokens * (m * stack.rows.width + n * stack.columns.width)
+    dense = tokens * m * n + m * n * (stack.rows.width + stack.columns.width)
     return "gram" if gram <= dense else "dense"
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from graphs import CONFIG, capture, reasons, spelled
 from hypothesis import given
 from hypothesis import strategies as st
-from spellings import CANONICAL, INPUTS, OTHER, OUTPUTS, Spelling
+from spellings import CANONICAL, CHECKPOINTED, CONVOLUTIONS, INPUTS, OTHER, OUTPUTS, STACKS, Spelling, Stack
 from torch import Tensor, nn
 
 from poetx_compile import PoetxConfig
@@ -39,7 +39,7 @@ def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
     return nn.Parameter(torch.randn(shape, dtype=dtype))
 
 
-@pytest.mark.parametrize("spelling", CANONICAL, ids=str)
+@pytest.mark.parametrize("spelling", CANONICAL + CHECKPOINTED, ids=str)
 def test_canonical_uses_are_named(spelling: Spelling) -> None:
     matches, _ = spelled(spelling)[1].normalized().matched()
     assert len(matches["weight"].uses) == spelling.uses
@@ -110,8 +110,33 @@ def test_reading_changes_nothing() -> None:
         (SkipReason.TIED, lambda m, x: F.linear(F.embedding(x, m.w), m.w), parameter(32, OUTPUTS), torch.arange(5)),
         (SkipReason.TOO_SMALL, lambda m, x: F.linear(x, m.w), parameter(15, 8), torch.randn(5, 8)),
         (SkipReason.NOT_A_MATRIX, lambda m, x: x * m.w, parameter(OUTPUTS), torch.randn(5, OUTPUTS)),
-        (SkipReason.NOT_A_MATRIX, lambda m, x: F.conv2d(x, m.w), parameter(32, 16, 1, 1), torch.randn(2, 16, 4, 4)),
-        (SkipReason.NOT_A_MATRIX, lambda m, x: torch.bmm(x, m.w), parameter(2, 32, 32), torch.randn(2, 5, 32)),
+        (SkipReason.NOT_A_MATRIX, lambda m, x: F.linear(x, m.w), parameter(1, 32), torch.randn(5, 32)),
+        (SkipReason.NOT_A_MATRIX, lambda m, x: x + m.w, parameter(1, 5, 32), torch.randn(2, 5, 32)),
+        (SkipReason.NOT_A_LINEAR, lambda m, x: torch.bmm(x, m.w) + m.w.sum(), parameter(2, 32, 32), torch.randn(2, 5, 32)),
+        (SkipReason.TOO_SMALL, lambda m, x: torch.bmm(x, m.w), parameter(64, 8, 15), torch.randn(64, 5, 8)),
+        (SkipReason.NOT_A_LINEAR, lambda m, x: F.linear(x, 2 / m.w), parameter(32, OUTPUTS), torch.randn(5, OUTPUTS)),
+        (SkipReason.NOT_A_LINEAR, lambda m, x: F.linear(x, m.w * x[0]), parameter(32, OUTPUTS), torch.randn(5, OUTPUTS)),
+        (
+            SkipReason.NOT_A_LINEAR,
+            lambda m, x: F.linear(x, torch.div(m.w, 2, rounding_mode="floor")),
+            parameter(32, OUTPUTS),
+            torch.randn(5, OUTPUTS),
+        ),
+        (
+            SkipReason.NOT_A_LINEAR,
+            lambda m, x: F.linear(x, torch.div(m.w, other=x.std(0))),
+            parameter(32, OUTPUTS),
+            torch.randn(5, OUTPUTS),
+        ),
+        (SkipReason.EMBEDDING, lambda m, x: m.w[x].cos(), parameter(64, 32), torch.arange(5)),
+        (SkipReason.CONVOLUTION, lambda m, x: F.conv2d(x, m.w), parameter(32, 16, 1, 1), torch.randn(2, 16, 4, 4)),
+        (SkipReason.GROUPED, lambda m, x: F.conv2d(x, m.w, groups=2), parameter(32, 8, 3, 3), torch.randn(2, 16, 4, 4)),
+        (
+            SkipReason.GROUPED,
+            lambda m, x: F.conv_transpose1d(x, m.w, None, 1, 0, 0, 4),
+            parameter(16, 32, 3),
+            torch.randn(2, 16, 4),
+        ),
         (SkipReason.ZERO, lambda m, x: F.linear(x, m.w), nn.Parameter(torch.zeros(32, 32)), torch.randn(5, 32)),
         (
             SkipReason.FROZEN,
@@ -127,6 +152,53 @@ def test_what_stays_ordinary(
     expected: SkipReason, function: Callable[[Any, Tensor], Tensor], weight: nn.Parameter, x: Tensor
 ) -> None:
     assert reasons(Wrapped(function, w=weight), x) == {"w": expected}
+
+
+def test_kernels_of_convolutions_where_the_option_says_so() -> None:
+    config = PoetxConfig(block_size=16, include_conv=True)
+    layer = nn.Conv2d(16, 32, 3)
+    matches, _ = capture(layer, torch.randn(2, 16, 4, 4)).normalized().matched(config)
+    assert matches["weight"].matrices == (1, 32, 144)
+    mixed = Wrapped(lambda m, x: F.conv1d(x, m.w).sum() + (x.mT @ m.w.flatten(1).mT), w=parameter(32, 16, 1))
+    assert reasons(mixed, torch.randn(2, 16, 4), config=config) == {"w": SkipReason.NOT_A_LINEAR}
+
+
+@pytest.mark.parametrize("stack", STACKS + CONVOLUTIONS, ids=str)
+def test_stacks_know_their_matrices(stack: Stack) -> None:
+    config = PoetxConfig(block_size=16, include_conv=True)
+    captured = capture(stack.layer(), torch.randn(stack.x, dtype=torch.float64)).normalized()
+    found = captured.matched(config)[0]["weight"]
+    assert (found.matrices, found.uses) == (stack.matrices, ())
+
+
+def test_one_matrix_of_zeros_keeps_a_stack_ordinary() -> None:
+    experts = parameter(3, 32, 48)
+    with torch.no_grad():
+        experts[1] = 0
+    model = Wrapped(lambda m, x: torch.bmm(x, m.w), w=experts)
+    assert reasons(model, torch.randn(3, 5, 32)) == {"w": SkipReason.ZERO}
+
+
+def test_weight_norm_rotates_the_direction() -> None:
+    found = reasons(nn.utils.parametrizations.weight_norm(nn.Linear(INPUTS, OUTPUTS)), torch.randn(5, INPUTS))
+    magnitude, direction = (f"parametrizations.weight.original{part}" for part in (0, 1))
+    assert found == {"bias": SkipReason.NOT_A_MATRIX, magnitude: SkipReason.NOT_A_MATRIX, direction: None}
+
+
+def test_spectral_norm_rotates_the_leaf() -> None:
+    found = reasons(nn.utils.parametrizations.spectral_norm(nn.Linear(INPUTS, OUTPUTS)), torch.randn(5, INPUTS))
+    assert found["parametrizations.weight.original"] is None
+
+
+def test_an_orthogonal_weight_stays_as_it_is_parametrised() -> None:
+    found = reasons(nn.utils.parametrizations.orthogonal(nn.Linear(INPUTS, OUTPUTS)), torch.randn(5, INPUTS))
+    assert found["parametrizations.weight.original"] is SkipReason.NOT_A_LINEAR
+
+
+@pytest.mark.parametrize("cell", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
+def test_recurrent_cells(cell: Callable[..., nn.Module]) -> None:
+    found = reasons(cell(INPUTS, OUTPUTS), torch.randn(5, INPUTS))
+    assert {name for name, reason in found.items() if reason is None} == {"weight_ih", "weight_hh"}
 
 
 def test_one_rotated_side_is_enough() -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graphs import CONFIG, Captured, capture, spelled
-from spellings import CANONICAL, INPUTS, OTHER, Spelling
+from spellings import CANONICAL, CHECKPOINTED, INPUTS, OTHER, Spelling
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from poetx_compile.factor import OrthogonalFactor
 from poetx_compile.kernels import rotated_linear
@@ -26,10 +27,12 @@ def rewritten(captured: Captured) -> tuple[Captured, dict[str, OrthogonalFactor]
 
 
 def rotated(captured: Captured) -> int:
-    return captured.targets.count(rotated_linear)
+    """How many rotated ops stand in a graph and in its checkpointed regions."""
+    graphs = [module.graph for module in captured.gm.modules() if isinstance(module, torch.fx.GraphModule)]
+    return sum(node.target is rotated_linear for graph in graphs for node in graph.nodes)
 
 
-@pytest.mark.parametrize("spelling", CANONICAL, ids=str)
+@pytest.mark.parametrize("spelling", CANONICAL + CHECKPOINTED, ids=str)
 def test_all_canonical_products_are_replaced(spelling: Spelling) -> None:
     captured, _, _ = rewritten(spelled(spelling)[1])
     assert rotated(captured) == spelling.uses
@@ -43,7 +46,7 @@ def test_other_products_are_left_as_they_are(spelling: Spelling) -> None:
     assert (captured.gm.code, made, extra) == (before, {}, [])
 
 
-@pytest.mark.parametrize("spelling", CANONICAL, ids=str)
+@pytest.mark.parametrize("spelling", CANONICAL + CHECKPOINTED, ids=str)
 def test_outputs_stay_the_same_bit_for_bit(spelling: Spelling) -> None:
     _, captured = spelled(spelling)
     before = captured()
@@ -102,7 +105,13 @@ def test_nested_modules(nest: Callable[[nn.Module], nn.Module]) -> None:
     assert rotated(captured) == len(made) == 1
 
 
-def test_the_graph_that_was_captured_stays_as_it_is() -> None:
+class Checkpointed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, Checkpointed])
+def test_the_graph_that_was_captured_stays_as_it_is(layer: type[nn.Linear]) -> None:
     """Dynamo walks its own graph again after the backend returns: only the copy is edited."""
     seen: list[tuple[str, str]] = []
 
@@ -114,6 +123,6 @@ def test_the_graph_that_was_captured_stays_as_it_is() -> None:
         seen.append((before, gm.print_readable(print_output=False)))
         return compiled
 
-    torch.compile(nn.Linear(INPUTS, 32), backend=backend)(torch.randn(5, INPUTS))
+    torch.compile(layer(INPUTS, 32), backend=backend)(torch.randn(5, INPUTS))
     ((before, after),) = seen
     assert before == after
