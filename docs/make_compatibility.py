@@ -11,7 +11,7 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 
 from limits import LIMITS  # noqa: E402
 from modes import SETTINGS, STANCES  # noqa: E402
-from optimizers import OPTIMIZERS, REFUSED  # noqa: E402
+from optimizers import EIGHT_BIT, OPTIMIZERS, REFUSED  # noqa: E402
 from spellings import CANONICAL, CHECKPOINTED, CONVOLUTIONS, OTHER, STACKS  # noqa: E402
 from zoo import ZOO, Toy  # noqa: E402
 
@@ -61,6 +61,8 @@ in bfloat16 and float16, activation checkpointing, and these stances of `torch.c
 
 {refused}
 
+Of other packages, with states in eight bits or fewer: {eight_bit}.
+
 ## Known limits
 
 These stay ordinary parameters, train as they did, and the report says so. Each is a test that fails when the limit falls.
@@ -103,6 +105,7 @@ def page() -> str:
         stances=code(STANCES),
         optimizers=code(OPTIMIZERS),
         refused=bullets(f"`{name}`: {reason}" for name, (_, reason) in REFUSED.items()),
+        eight_bit=code(f"{package}.optim.{name}" for package, name in EIGHT_BIT),
         limits=table(("what", "what the report says"), ((mark(limit.name), limit.sentence) for limit in LIMITS)),
     )
 

@@ -26,6 +26,16 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "ASGD": partial(optim.ASGD, lr=0.05, t0=2),
     "Adafactor": partial(optim.Adafactor, lr=0.01),
 }
+EIGHT_BIT = {
+    ("torchao", "AdamW8bit"): "exp_avg",
+    ("torchao", "Adam8bit"): "exp_avg",
+    ("torchao", "AdamW4bit"): "exp_avg",
+    ("torchao", "AdamWFp8"): "exp_avg",
+    ("bitsandbytes", "AdamW8bit"): "state1",
+    ("bitsandbytes", "Lion8bit"): "state1",
+}
+"""From other packages: those that quantise their states, and the name of their first moment."""
+
 FUSED = ("SGD", "SGD, momentum", "SGD, Nesterov", "Adam", "Adam, amsgrad", "AdamW", "Adagrad")
 """Those of them that torch can fuse on a CPU."""
 
