@@ -2,7 +2,8 @@
 
 from .api import prepare, report, restore
 from .config import PoetxConfig
+from .distributed import check_ranks
 from .errors import PoetxError, PoetxWarning
 from .report import Report
 
-__all__ = ["PoetxConfig", "PoetxError", "PoetxWarning", "Report", "prepare", "report", "restore"]
+__all__ = ["PoetxConfig", "PoetxError", "PoetxWarning", "Report", "check_ranks", "prepare", "report", "restore"]

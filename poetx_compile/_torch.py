@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any, get_origin
 
@@ -236,6 +238,23 @@ def distributed_wrapper(weights: Iterable[Tensor]) -> str | None:
             if issubclass(type(thing), wrapper) and any(id(p) in wanted for p in thing.parameters()):
                 return wrapper.__name__
     return None
+
+
+def within_ddp_constructor(context: Callable[[nn.Module, Any], AbstractContextManager[None]]) -> None:
+    """Build every DistributedDataParallel inside ``context(module, process_group)``."""
+    if not torch.distributed.is_available():
+        return
+    from torch.nn.parallel import DistributedDataParallel
+
+    build = DistributedDataParallel.__init__
+
+    @functools.wraps(build)
+    def inside(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(build).bind(self, module, *args, **kwargs)
+        with context(module, given.arguments.get("process_group")):
+            build(self, module, *args, **kwargs)
+
+    DistributedDataParallel.__init__ = inside  # type: ignore[method-assign]
 
 
 def active_ddp() -> bool:

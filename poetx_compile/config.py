@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +32,8 @@ class PoetxConfig:
     """Largest block of channels that one orthogonal factor rotates. Larger: more freedom, more memory for ``q``."""
 
     chunk: int = 0
-    """Channels that a permutation moves together. 1 is the papers' uniform permutation; 0 takes 32, which keeps reads
-    coalesced, or a whole block where that is smaller."""
+    """Channels that a permutation moves together. 1 is the papers' uniform permutation; 0 takes the largest
+    power of two up to 32 of which blocks are made (reads are coalesced then), but at least 8 of blocks that hold 8."""
 
     scale: float = 1.0
     """``s``: a block's skew matrix is ``s`` times what the optimizer wrote. Sets how fast rotations learn."""
@@ -73,7 +74,7 @@ class PoetxConfig:
                 raise PoetxError(f"poetx: option {field.name!r} must be {expected}, not {value!r}")
             object.__setattr__(self, field.name, value)
         if self.chunk == 0:
-            object.__setattr__(self, "chunk", max(1, min(self.block_size, _COALESCED)))
+            object.__setattr__(self, "chunk", max(math.gcd(self.block_size, _COALESCED), min(self.block_size, 8)))
         self._check_numbers()
         for name, choices in (("route", ROUTES), ("precision", PRECISIONS), ("inner", INNER)):
             if getattr(self, name) not in choices:
@@ -87,15 +88,16 @@ class PoetxConfig:
         return names
 
     def _check_numbers(self) -> None:
-        if self.chunk < 1:
-            raise PoetxError(f"poetx: option 'chunk' must be at least 1, not {self.chunk}")
-        if self.block_size < 2 or self.block_size % self.chunk:
-            least = max(self.chunk, 2)
-            down = self.block_size // self.chunk * self.chunk
-            nearest = f"the nearest are {down} and {down + self.chunk}" if down >= least else f"the nearest is {least}"
+        chunk = self.chunk
+        if chunk < 1:
+            raise PoetxError(f"poetx: option 'chunk' must be 1 or more, or 0 for one that fits, not {chunk}")
+        if self.block_size < 2 or self.block_size % chunk:
+            least = max(chunk, 2)
+            down = self.block_size // chunk * chunk
+            nearest = f"the nearest are {down} and {down + chunk}" if down >= least else f"the nearest is {least}"
             raise PoetxError(
-                f"poetx: block_size {self.block_size} is impossible: it must be a multiple of chunk ({self.chunk}) and at "
-                f"least 2; {nearest}" + (", or set chunk=1" if self.chunk > 1 else "")
+                f"poetx: block_size {self.block_size} is impossible: it must be a multiple of chunk ({chunk}) and at "
+                f"least 2; {nearest}" + (", or set chunk=1" if chunk > 1 else "")
             )
         if not 0 < self.scale < float("inf"):
             raise PoetxError(f"poetx: option 'scale' must be positive and finite, not {self.scale}")

@@ -26,7 +26,7 @@ _BINDING = {
     SkipReason.GRADIENT_HOOK,
     SkipReason.ZERO,
 }
-_FIXED = ("block_size", "chunk", "scale", "seed", "permutation_period", "include_conv")
+_FIXED = ("block_size", "chunk", "precision", "scale", "seed", "permutation_period", "include_conv")
 
 
 def adopt(
@@ -90,13 +90,21 @@ def release(weight: nn.Parameter) -> OrthogonalFactor | None:
 
 def refuse_distributed(weights: Iterable[nn.Parameter]) -> None:
     """Raises:
-    PoetxError: a distributed wrapper manages these weights, and would wait for gradients that never come.
+    PoetxError: a distributed wrapper manages some of these weights, and would wait for gradients that never come.
     """
-    wrapper = "DistributedDataParallel" if active_ddp() else distributed_wrapper(weights)
+    unknown = [weight for weight in weights if (factor := factors.of_weight(weight)) is None or not factor.is_reduced]
+    if not unknown:
+        return
+    wrapper = "DistributedDataParallel" if active_ddp() else distributed_wrapper(unknown)
+    if wrapper == "DistributedDataParallel":
+        raise PoetxError(
+            "poetx: DistributedDataParallel was built before the linear layers of this model were converted, and waits for "
+            "gradients that never come. Add the line  poetx_compile.prepare(model, batch)  before DistributedDataParallel(model)"
+        )
     if wrapper is not None:
         raise PoetxError(
-            f"poetx: this model is wrapped in {wrapper}, which waits for the gradients of weights and cannot see those of "
-            "rotations. poetx trains on one GPU so far: drop the wrapper, or compile with backend='inductor'"
+            f"poetx: this model is wrapped in {wrapper}, whose shards cannot be rotated: use DistributedDataParallel, or "
+            "compile with backend='inductor'"
         )
 
 

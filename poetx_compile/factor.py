@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 ROWS, COLUMNS = 0, 1
 
 _SKEWS_PER_BATCH = 1 << 22
-"""Skew parameters whose rotations are made at once: bounds the scratch memory of a retraction (about 100 MB)."""
+"""Skew parameters whose rotations are made at once: about 300 MB of scratch memory, more where one weight has more."""
 
 
 class OrthogonalFactor:
@@ -41,6 +41,7 @@ class OrthogonalFactor:
         epoch: number of the current draw of permutations.
         steps: counted optimizer steps.
         route: how its gradient is made: ``gram`` or ``dense``.
+        is_reduced: whether DistributedDataParallel averages the gradients of ``q`` over ranks.
         is_covered: whether it is known that some optimizer steps it, or the user was told that none does.
     """
 
@@ -57,6 +58,7 @@ class OrthogonalFactor:
         self.steps = 0
         self.route = "dense"
         self.is_covered = False
+        self.is_reduced = False
         self.hook: RemovableHandle | None = None
         device = weight.device
         dtype = kernels.master_dtype(weight.dtype)

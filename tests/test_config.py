@@ -21,10 +21,10 @@ WRONG = [
     ("block_size", 256.0, "'block_size' must be int, not 256.0"),
     ("block_size", True, "'block_size' must be int, not True"),
     ("block_size", "256", "'block_size' must be int, not '256'"),
-    ("block_size", 250, "block_size 250 is impossible: .* nearest are 224 and 256, or set chunk=1"),
-    ("block_size", 0, "block_size 0 is impossible: .* nearest is 2"),
+    ("block_size", 250, "block_size 250 is impossible: .* nearest are 248 and 256, or set chunk=1"),
+    ("block_size", 0, "block_size 0 is impossible: .* nearest is 32, or set chunk=1"),
     ("block_size", -32, "block_size -32 is impossible"),
-    ("chunk", -1, "'chunk' must be at least 1, not -1"),
+    ("chunk", -1, "'chunk' must be 1 or more, or 0 for one that fits, not -1"),
     ("chunk", 2.0, "'chunk' must be int"),
     ("chunk", 24, "multiple of chunk .24.* nearest are 240 and 264"),
     ("scale", 0.0, "'scale' must be positive and finite, not 0.0"),
@@ -72,6 +72,15 @@ def test_defaults() -> None:
     assert (config.exclude, config.heads, config.route, config.precision) == ((), HEADS, "auto", "auto")
     assert config.inner == "inductor"
     assert patches == {}
+
+
+@pytest.mark.parametrize(("block_size", "chunk"), [(256, 32), (48, 16), (100, 0), (40, 8), (16, 16), (4, 4), (6, 6)])
+def test_a_chunk_that_fits(block_size: int, chunk: int) -> None:
+    if chunk:
+        assert PoetxConfig(block_size=block_size).chunk == chunk
+    else:
+        with pytest.raises(PoetxError, match="the nearest are 96 and 104"):
+            PoetxConfig(block_size=block_size)
 
 
 @given(st.integers(1, 64), st.integers(1, 64))

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -80,6 +81,7 @@ def test_every_function_is_pinned_here() -> None:
         "source_name",
         "steps_running",
         "tensors_in",
+        "within_ddp_constructor",
     }
 
 
@@ -482,6 +484,28 @@ def test_a_fully_sharded_model_is_recognised_by_its_weights() -> None:
 
     net = fully_shard(Net(), mesh=init_device_mesh("cpu", (1,)))
     assert _torch.distributed_wrapper(net.parameters()) == "FSDPModule"
+
+
+@pytest.mark.usefixtures("process_group")
+def test_what_stands_in_a_slot_while_ddp_is_built_is_what_it_reduces(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, other, groups = Net(), nn.Parameter(torch.zeros(5)), []
+    weight = net.fc.weight
+
+    @contextmanager
+    def swapped(module: nn.Module, group: Any) -> Iterator[None]:
+        groups.append(group)
+        module.fc._parameters["weight"] = other
+        yield
+        module.fc._parameters["weight"] = weight
+
+    monkeypatch.setattr(DistributedDataParallel, "__init__", DistributedDataParallel.__init__)
+    _torch.within_ddp_constructor(swapped)
+    wrapped = DistributedDataParallel(net, process_group=dist.group.WORLD)
+    assert groups == [dist.group.WORLD]
+    reduced = {id(parameter) for parameter in wrapped._module_parameters}
+    assert id(other) in reduced
+    assert id(weight) not in reduced
+    assert net.fc.weight is weight
 
 
 @pytest.mark.usefixtures("process_group")

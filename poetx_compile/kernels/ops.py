@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import naive
 from .gram import GramSide
-from .residual import master_dtype
+from .precision import PRECISIONS, UNIT
+from .residual import HALF, master_dtype
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _WIDEST = 512
@@ -51,6 +52,7 @@ def _block_gram(
 
 
 def _cayley_neumann(skew: Tensor, width: int, scale: float, precision: str = "tf32x3") -> Tensor:
+    _check(precision)
     if _fits(skew, width):
         from . import triton_cayley
 
@@ -70,21 +72,29 @@ def _rotate_(
     precision: str = "tf32x3",
 ) -> None:
     widths = [side.shape[-1] for side in (rows, columns) if side is not None]
-    if _fits(weight, *widths) and weight.is_contiguous():
+    _check(precision)
+    stored = [weight] if residual is None else [weight, residual]
+    is_whole = residual is not None or weight.dtype not in HALF
+    if _fits(weight, *widths) and is_whole and all(tensor.is_contiguous() for tensor in stored):
         from . import triton_rotate
 
         with torch.cuda.device(weight.device):
             triton_rotate.rotate_(weight, residual, rows, row_channels, columns, column_channels, run, precision)
     else:
         rows, columns = (
-            side if side is None or side.dtype != torch.float16 else side.float() / 4096 for side in (rows, columns)
+            side if side is None or side.dtype != torch.float16 else side.float() / UNIT for side in (rows, columns)
         )
         naive.rotate_(weight, residual, rows, row_channels, columns, column_channels)
 
 
+def _check(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"poetx: precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+
+
 def _fits(tensor: Tensor, *widths: int) -> bool:
     """Whether the Triton kernels serve: a GPU, no float64, and blocks that stay in registers."""
-    return tensor.is_cuda and _HAS_TRITON and tensor.dtype != torch.float64 and max(widths) <= _WIDEST
+    return tensor.is_cuda and _HAS_TRITON and tensor.dtype != torch.float64 and max(widths, default=0) <= _WIDEST
 
 
 for _device in ("CPU", "CUDA"):

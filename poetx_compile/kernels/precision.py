@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 
+PRECISIONS = ("ieee", "tf32x3", "tf32")
+
+UNIT = 4096.0
+"""Rotations in float16 are stored this many times larger: 11 bits of numbers from 1.5e-8 to 16."""
+
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:

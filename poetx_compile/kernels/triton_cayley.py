@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .naive import LARGEST_SQUARE
-from .triton_series import NEAR, OPERAND, bound_of_square, turn_near
+from .precision import UNIT
+from .triton_series import NEAR, bound_of_square, turn_near
 from .tuning import processors
 
 _TOLERANCE = 1e-7
@@ -163,6 +164,11 @@ def _far_kernel(
             _turn_far(packed, out, omega, scale, UNIT, WIDTH, SIDE, TILE, TILE_K, LARGEST, TOLERANCE, PRECISION)
 
 
+def far_precision(precision: str, is_amd: bool) -> str:
+    """Triton's own name for the products of the far kernel: AMD's matrix units take float32 as it is."""
+    return "ieee" if precision == "ieee" or is_amd else "tf32x3"
+
+
 def cayley_neumann(skew: Tensor, width: int, scale: float, precision: str = "tf32x3") -> Tensor:
     """As :func:`.naive.cayley_neumann`, for float32.
 
@@ -176,7 +182,7 @@ def cayley_neumann(skew: Tensor, width: int, scale: float, precision: str = "tf3
         rotation, norms = torch.empty(blocks, width, width, dtype=torch.float32, device=skew.device), None
     tile = min(128, max(16, triton.next_power_of_2(width)))
     side = triton.cdiv(width, tile) * tile
-    programs = min(blocks, 2 * processors(skew.device))
+    programs = min(blocks, processors(skew.device))
     scratch = torch.empty(programs, _BUFFERS, side, side, dtype=torch.float32, device=skew.device)
     _far_kernel[(programs,)](
         skew,
@@ -195,8 +201,8 @@ def cayley_neumann(skew: Tensor, width: int, scale: float, precision: str = "tf3
         TILES=0 if norms is None else norms.shape[1],
         NORM_TILE=1 if norms is None else norms.shape[-1],
         NEAR=NEAR,
-        UNIT=1.0 if norms is None else OPERAND,
-        PRECISION="ieee" if precision == "ieee" else "tf32x3",
+        UNIT=1.0 if norms is None else UNIT,
+        PRECISION=far_precision(precision, torch.version.hip is not None),
         num_warps=8 if tile == 128 else 4,
         num_stages=2,
     )

@@ -9,6 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .precision import UNIT
+
+_UNIT = tl.constexpr(UNIT)
+
 
 @triton.jit
 def split(tile, PRECISION: tl.constexpr):
@@ -52,7 +56,7 @@ def load_rotation(pointers, mask, PRECISION: tl.constexpr):
         else:
             high, low = split(e.to(tl.float32), PRECISION)
     else:
-        high, low = split(e * 4096, PRECISION)
+        high, low = split(e * _UNIT, PRECISION)
     return high, low
 
 
@@ -64,8 +68,9 @@ def power_of_two(exponent):
 
 @triton.jit
 def scale_below(tile, EXPONENT: tl.constexpr):
-    """The power of two that brings the largest number of a tile to less than 2^EXPONENT; 1 for zeros."""
-    largest = tl.max(tl.max(tl.abs(tile), 1), 0)
+    """The power of two that brings the largest finite number of a tile to less than 2^EXPONENT; 1 for zeros."""
+    size = tl.abs(tile)
+    largest = tl.max(tl.max(tl.where(size < float("inf"), size, 0.0), 1), 0)
     exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 126  # largest < 2^exponent
-    exponent = tl.minimum(tl.maximum(EXPONENT - exponent, -126), 126)
+    exponent = tl.minimum(tl.maximum(EXPONENT - exponent, -100), 100)
     return tl.where(largest > 0, power_of_two(exponent), 1.0)

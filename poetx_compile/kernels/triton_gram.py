@@ -37,7 +37,6 @@ def _gram_kernel(
     TILE_I: tl.constexpr,
     TILE_J: tl.constexpr,
     TILE_T: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     tiles_j: tl.constexpr = (WIDTH + TILE_J - 1) // TILE_J
     tiles: tl.constexpr = ((WIDTH + TILE_I - 1) // TILE_I) * tiles_j
@@ -68,7 +67,7 @@ def _gram_kernel(
         rows = t.to(tl.int64)[:, None]
         a = tl.load(left + rows * left_stride + channel_i[None, :], mask=inside_t & inside_i[None, :], other=0.0)
         b = tl.load(right + rows * right_stride + channel_j[None, :], mask=inside_t & inside_j[None, :], other=0.0)
-        total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
+        total = tl.dot(tl.trans(a), b, total, input_precision="ieee")
 
     blocks = tl.num_programs(0) // tiles
     out = partial + (split * blocks + block).to(tl.int64) * WIDTH * WIDTH
@@ -108,14 +107,15 @@ def _pack_kernel(
         b = tl.load(source + j[:, None] * WIDTH + i[None, :], mask=lower, other=0.0)
         total += a - tl.trans(b)
     if HAS_BIAS:
-        place = block - first_biased
-        is_biased = (place >= 0) & (place < biased)
-        channel_i = tl.load(channels + place * WIDTH + i, mask=is_biased & (i < WIDTH), other=0)
-        channel_j = tl.load(channels + place * WIDTH + j, mask=is_biased & (j < WIDTH), other=0)
-        sum_i = tl.load(bias_grad + channel_i, mask=is_biased & (i < WIDTH), other=0.0)
-        sum_j = tl.load(bias_grad + channel_j, mask=is_biased & (j < WIDTH), other=0.0)
-        bias_i = tl.load(bias + channel_i, mask=is_biased & (i < WIDTH), other=0.0).to(tl.float32)
-        bias_j = tl.load(bias + channel_j, mask=is_biased & (j < WIDTH), other=0.0).to(tl.float32)
+        place_i, place_j = (block - first_biased) * WIDTH + i, (block - first_biased) * WIDTH + j
+        inside_i = (i < WIDTH) & (place_i >= 0) & (place_i < biased * WIDTH)
+        inside_j = (j < WIDTH) & (place_j >= 0) & (place_j < biased * WIDTH)
+        channel_i = tl.load(channels + place_i, mask=inside_i, other=0)
+        channel_j = tl.load(channels + place_j, mask=inside_j, other=0)
+        sum_i = tl.load(bias_grad + channel_i, mask=inside_i, other=0.0)
+        sum_j = tl.load(bias_grad + channel_j, mask=inside_j, other=0.0)
+        bias_i = tl.load(bias + channel_i, mask=inside_i, other=0.0).to(tl.float32)
+        bias_j = tl.load(bias + channel_j, mask=inside_j, other=0.0).to(tl.float32)
         total -= sum_i[:, None] * bias_j[None, :] - bias_i[:, None] * sum_j[None, :]
     place = block.to(tl.int64) * (WIDTH * (WIDTH - 1) // 2) + (i * (2 * WIDTH - i - 1) // 2 - i - 1)[:, None] + j[None, :]
     tl.store(packed + place, total * scale, mask=upper & (j[None, :] > i[:, None]))
@@ -156,6 +156,8 @@ def _gram_sides(
     tiles: GramTiles | None,
 ) -> None:
     sides = [first] if second is None else [first, second]
+    if bias is not None and bias_grad is not None:
+        bias, bias_grad = bias.contiguous(), bias_grad.contiguous()
     operands = [_with_unit_stride(tensor) for side in sides for tensor in (side.left, side.right)]
     tokens, width = first.left.shape[0], first.width
     blocks = sum(side.blocks for side in sides)
@@ -177,11 +179,10 @@ def _gram_sides(
         first.blocks,
         *(operand.stride(0) for operand in (*operands[:2], *operands[-2:])),
         WIDTH=width,
-        RUN=math.gcd(*(side.run for side in sides)),
+        RUN=math.gcd(tiles.i, tiles.j, *(side.run for side in sides)),
         TILE_I=tiles.i,
         TILE_J=tiles.j,
         TILE_T=tiles.t,
-        PRECISION="ieee",
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )

@@ -11,8 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .precision import UNIT
 from .triton_dot import dot, load_rotation, scale_below, split
 from .tuning import RotateTiles, rotate_tiles
+
+_UNIT = tl.constexpr(UNIT)
 
 
 @triton.jit
@@ -134,7 +137,7 @@ def _rotate_kernel(
             inside = (i < WIDTH)[:, None] & (k < WIDTH)[None, :]
             e_high, e_low = load_rotation(rotation + i[:, None] * WIDTH + k[None, :], inside, PRECISION)
             change = dot(e_high, e_low, high, low, PRECISION)
-        _encode(weight, residual, offsets, mask, _decode(before, rest, KIND) + change * (1 / (scale * 4096)), KIND)
+        _encode(weight, residual, offsets, mask, _decode(before, rest, KIND) + change * (1 / (scale * _UNIT)), KIND)
         i, offsets, mask, before, rest = following, offsets_following, mask_following, before_following, rest_following
 
 

@@ -1,7 +1,7 @@
 """Rotations of blocks that turn little: three products of float16 matrices, each a launch over all blocks.
 
 With ``B = −Ω²``, ``E = 2(Ω − B)(I + B)⁻¹``, and three terms of the Neumann series about the middle of ``B``'s spectrum. What
-leaves float32 is rounded to nearest, to 11 bits, so that no rotation shortens or lengthens a weight.
+leaves float32 is rounded to nearest, to 11 bits: truncation would shorten a weight with every fold.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .precision import UNIT
+
 NEAR = 0.03
 """Largest eigenvalue of ``B`` (a turn of 0.17 radians) that these kernels serve; their series then errs by 1e-6 at most."""
 
-OPERAND = 4096.0
-"""Matrices are stored this many times larger: float16 keeps 11 bits of numbers from 1.5e-8 to 16."""
-
-_UNIT = tl.constexpr(OPERAND)
+_UNIT = tl.constexpr(UNIT)
 _MIDDLE = 1 + NEAR / 2
 _C2 = _MIDDLE**-3  # (1 + r + r²) / middle with r = (NEAR / 2 + Ω²) / middle
 _C1 = _MIDDLE**-2 + NEAR * _C2
@@ -164,7 +163,8 @@ def turn_near(skew: Tensor, width: int, scale: float) -> tuple[Tensor, Tensor]:
     side = max(16, triton.next_power_of_2(width))
     tile = min(128, side)
     tiles = triton.cdiv(width, tile)
-    omega, square, lead, series, rotation = torch.empty(5, blocks, width, width, dtype=torch.float16, device=skew.device)
+    rotation = torch.empty(blocks, width, width, dtype=torch.float16, device=skew.device)
+    omega, square, lead, series = torch.empty(4, blocks, width, width, dtype=torch.float16, device=skew.device)
     norms = torch.empty(blocks, tiles, tiles, tile, dtype=torch.float32, device=skew.device)
     unpacked = min(64, side)
     _unpack_kernel[(blocks * triton.cdiv(width, unpacked) ** 2,)](

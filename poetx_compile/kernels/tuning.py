@@ -1,12 +1,13 @@
 """Which tiles the Triton kernels run with: a table by architecture and block width, so that nobody waits for a search.
 
-``python -m poetx_compile bench tune`` measures a table for the GPU at hand; :data:`PLACE` is read where it exists.
+``python -m poetx_compile bench tune`` measures a table for the GPU at hand; :func:`place` is read where it exists.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -14,10 +15,9 @@ from typing import Any
 
 import torch
 
-PRECISIONS = ("ieee", "tf32x3", "tf32")
+from .precision import PRECISIONS
 
-PLACE = Path(os.environ.get("POETX_TUNING", Path.home() / ".cache" / "poetx_compile" / "tiles.json"))
-"""Where measured tables are kept: ``{device name: {key: numbers}}``."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ TABLES: dict[str, dict[str, Tiles]] = {
             tf32=(_R(64, 64, 4, 2), _R(64, 64, 4, 2), _R(64, 64, 4, 2), _R(32, 32, 4, 2)),
         ),
     ),
-    "sm90": _table(  # by bench tune on an H100
+    "sm90": _table(  # by bench tune on an H100 with bfloat16 weights, but for ieee
         (_SQUARE, _WIDE, _WIDE),
         rows_ieee=_EXACT,
         columns_ieee=_EXACT,
@@ -102,6 +102,7 @@ TABLES: dict[str, dict[str, Tiles]] = {
     ),
 }
 TABLES["sm100"] = TABLES["sm90"]  # not measured
+_ANY = TABLES["other"]
 
 
 def gram_tiles(width: int, device: torch.device) -> GramTiles:
@@ -130,9 +131,8 @@ def processors(device: torch.device) -> int:
 
 @functools.cache
 def _find(key: str, device: torch.device) -> Any:
-    found = TABLES[architecture(device)][key]
-    measured = _measured().get(torch.cuda.get_device_name(device), {}) if device.type == "cuda" else {}
-    return type(found)(*measured[key]) if key in measured else found
+    measured = _measured(torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
+    return measured.get(key) or TABLES[architecture(device)][key]
 
 
 def architecture(device: torch.device) -> str:
@@ -143,18 +143,37 @@ def architecture(device: torch.device) -> str:
     return {8: "sm80", 9: "sm90"}.get(major, "sm100" if major == 10 else "other")
 
 
-def _measured() -> dict[str, dict[str, list[int]]]:
-    return json.loads(PLACE.read_text()) if PLACE.exists() else {}
+def place() -> Path:
+    """Where measured tables are kept: ``{device name: {key: numbers}}``."""
+    given = os.environ.get("POETX_TUNING")
+    return Path(given) if given else Path("~/.cache/poetx_compile/tiles.json").expanduser()
+
+
+@functools.cache
+def _measured(name: str) -> dict[str, Tiles]:
+    """What was measured on a device of this name, and is of use here."""
+    try:
+        numbers = json.loads(place().read_text())[name]
+        return {key: type(_ANY[key])(*map(int, row)) for key, row in numbers.items() if key in _ANY}
+    except (OSError, RuntimeError, KeyError):
+        return {}
+    except (ValueError, TypeError, AttributeError) as error:
+        log.warning("%s is not a table of bench tune's, and is not used: %s", place(), error)
+        return {}
 
 
 def keep(device: torch.device, chosen: dict[str, Tiles]) -> None:
-    """Add measured tiles of a device to :data:`PLACE`; kernels that ran before go on with what they have."""
-    measured = _measured()
-    measured.setdefault(torch.cuda.get_device_name(device), {}).update(
-        {key: list(astuple(tiles)) for key, tiles in chosen.items()}
-    )
-    PLACE.parent.mkdir(parents=True, exist_ok=True)
-    PLACE.write_text(json.dumps(measured, indent=1))
+    """Add measured tiles of a device to :func:`place`; kernels that ran before go on with what they have."""
+    name = torch.cuda.get_device_name(device)
+    try:
+        measured = dict(json.loads(place().read_text()))
+    except (OSError, ValueError):
+        measured = {}
+    measured[name] = {key: list(astuple(tiles)) for key, tiles in (_measured(name) | chosen).items()}
+    place().parent.mkdir(parents=True, exist_ok=True)
+    temporary = place().with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(measured, indent=1))
+    temporary.replace(place())
 
 
 def _padded(width: int) -> int:

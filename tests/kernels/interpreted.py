@@ -15,8 +15,9 @@ from torch import Tensor
 
 from poetx_compile.kernels import naive, triton_cayley, triton_gram, triton_rotate, tuning
 from poetx_compile.kernels.gram import GramSide
+from poetx_compile.kernels.precision import PRECISIONS
 from poetx_compile.kernels.residual import decode
-from poetx_compile.kernels.tuning import PRECISIONS, GramTiles, RotateTiles
+from poetx_compile.kernels.tuning import GramTiles, RotateTiles
 from poetx_compile.layout import BlockLayout
 
 SMALL_GRAM = GramTiles(16, 32, 16, 4, 2)
@@ -57,7 +58,8 @@ def test_block_gram(m: int, n: int, block: int, tokens: int, dtype: torch.dtype,
         sides.append(GramSide(left, right, channels, layout.width, layout.run))
         product = right.double()
         if index == bias_side:
-            bias, bias_grad = torch.randn(size, dtype=dtype), left.sum(0, dtype=torch.float32)
+            bias = torch.randn(2 * size, dtype=dtype)[::2]
+            bias_grad = left.sum(0, dtype=torch.float32)
             product = product - bias.double()
         expected.append(naive.block_gram(left.double(), product, channels, layout.width))
     exact = torch.cat(expected) * 0.5
@@ -65,7 +67,7 @@ def test_block_gram(m: int, n: int, block: int, tokens: int, dtype: torch.dtype,
     for tiles in (None, SMALL_GRAM):
         actual = triton_gram.block_gram(sides, 0.5, bias, bias_grad, bias_side or 0, tiles)
         assert actual.dtype == torch.float32
-        assert (actual - exact).norm() <= 1e-6 * (exact.norm() + size)
+        assert (actual - exact).norm() <= 1e-6 * exact.norm() + 1e-7 * size
 
 
 @given(width=st.sampled_from((16, 32, 48, 80)), count=st.integers(1, 3), log_scale=st.floats(-4, 1))
@@ -100,7 +102,7 @@ def test_cayley_neumann_leaves_a_block_with_nan_alone() -> None:
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("precision", PRECISIONS)
-@given(m=features, n=features, block=blocks, sides=st.sampled_from((0, 1, 2)), log_size=st.floats(-20, 9))
+@given(m=features, n=features, block=blocks, sides=st.sampled_from((0, 1, 2)), log_size=st.floats(-80, 9))
 def test_rotate_(dtype: torch.dtype, precision: str, m: int, n: int, block: int, sides: int, log_size: float) -> None:
     layouts = BlockLayout.of(m, block, 16), BlockLayout.of(n, block, 16)
     channels = [layout.channels(m, side, 0) for side, layout in enumerate(layouts)]
@@ -124,15 +126,19 @@ def test_rotate_(dtype: torch.dtype, precision: str, m: int, n: int, block: int,
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
-def test_rotate_keeps_zeros_and_passes_nan_on(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+def test_rotate_keeps_zeros_and_spoils_no_more_than_it_must(dtype: torch.dtype, bad: float) -> None:
     layout = BlockLayout.of(32, 16, 16)
     channels = layout.channels(0, 0, 0)
     turn = naive.cayley_neumann(torch.randn(layout.skew) * 0.1, 16, 1.0)
     weight = torch.zeros(32, 48, dtype=dtype)
     residual = None if dtype == torch.float32 else torch.full((32, 48), 7, dtype=torch.int8)
-    weight[channels[3], 5] = float("nan")
+    weight[0, 20] = 1
+    weight[channels[3], 5] = bad
+    length = decode(weight, residual)[:, 20].norm()
     triton_rotate.rotate_(weight, residual, turn, channels, None, channels, 1, "tf32x3", SMALL_ROTATE)
-    rest = torch.ones(48, dtype=torch.bool)
-    rest[5] = False
-    assert weight[channels[:16], 5].isnan().all()
-    assert not decode(weight, residual)[channels[16:]].any()
+    after = decode(weight, residual)
+    assert not after[channels[:16], 5].isfinite().all()
+    assert abs(after[:, 20].norm() - length) < 3e-5
+    others = [column for column in range(48) if column not in (5, 20)]
+    assert not after[:, others].any()

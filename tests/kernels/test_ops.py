@@ -117,6 +117,29 @@ def test_rotate_tells_autograd_of_its_write(device: str) -> None:
     assert args[1]._version > versions[1]
 
 
+@on_devices
+def test_an_unknown_precision_is_refused(device: str) -> None:
+    args = rotate_args(device, torch.bfloat16)
+    before = args[0].clone()
+    with pytest.raises(ValueError, match="precision must be one of ieee, tf32x3, tf32, not 'half'"):
+        rotate_(*args, 1, "half")
+    with pytest.raises(ValueError, match="precision must be one of"):
+        cayley_neumann(*skew_args(device, torch.float32), "half")
+    assert torch.equal(args[0], before)
+
+
+@on_devices
+@of_dtypes
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+def test_a_bias_in_any_memory_layout(device: str, dtype: torch.dtype, layout: str) -> None:
+    sides = gram_args(device, dtype)
+    held = normal(2 * COLUMNS.features, seed=9, dtype=dtype, device=device)
+    bias = held[::2] if layout == "strided" else held[:1].expand(COLUMNS.features)
+    total = sides[0][0].sum(0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    got = block_gram(*sides, 1.0, bias, total)
+    assert torch.equal(got, block_gram(*sides, 1.0, bias.contiguous(), total))
+
+
 # --- The same bits each time -----------------------------------------------------------------------------------------
 
 

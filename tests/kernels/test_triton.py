@@ -14,7 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from poetx_compile.kernels import triton_cayley, triton_gram, triton_rotate, triton_series
-from poetx_compile.kernels.tuning import PRECISIONS, TABLES, GramTiles, RotateTiles
+from poetx_compile.kernels.precision import PRECISIONS
+from poetx_compile.kernels.tuning import TABLES, GramTiles, RotateTiles
 
 TARGETS = {
     "sm80": (GPUTarget("cuda", 80, 32), 163 * 1024),
@@ -47,14 +48,14 @@ FIXED: dict[str, tuple[Any, dict[str, Any], int, int]] = {
     "square": (triton_series._square_kernel, SERIES, 4, 3),
     "series": (triton_series._series_kernel, SERIES | {"C1": 0.9, "C2": 0.8}, 4, 3),
     "turn": (triton_series._turn_kernel, SERIES | {"C0": 1.0}, 4, 3),
-    "far": (triton_cayley._far_kernel, FAR | {"WIDTH": 256, "TILES": 2, "NORM_TILE": 128, "PRECISION": "tf32x3"}, 8, 2),
+    "far": (triton_cayley._far_kernel, FAR | {"WIDTH": 256, "TILES": 2, "NORM_TILE": 128}, 8, 2),
 }
 
 
 def compiled(target: str, function: Any, constants: dict[str, Any], warps: int, stages: int, **types: str) -> Any:
     gpu, limit = TARGETS[target]
-    if gpu.backend != "cuda" and function is triton_cayley._far_kernel:  # AMD's matrix units take float32 as it is
-        constants = constants | {"PRECISION": "ieee"}
+    if function is triton_cayley._far_kernel:
+        constants = constants | {"PRECISION": triton_cayley.far_precision("tf32x3", gpu.backend == "hip")}
     names = function.arg_names
     given = {name: (TYPES | types)[name] for name in names if name not in constants}
     aligned = [name for name, kind in given.items() if kind.startswith("*") or "stride" in name or name == "size"]
@@ -88,7 +89,7 @@ def test_compiles_within_shared_memory(kernel: str, target: str) -> None:
 def test_gram_compiles_with_the_tiles_of_the_table(target: str, width: int) -> None:
     tiles = TABLES.get(target, TABLES["other"])[f"gram/{width}"]
     assert isinstance(tiles, GramTiles)
-    constants = {"WIDTH": width, "RUN": 32, "TILE_I": tiles.i, "TILE_J": tiles.j, "TILE_T": tiles.t, "PRECISION": "ieee"}
+    constants = {"WIDTH": width, "RUN": 32, "TILE_I": tiles.i, "TILE_J": tiles.j, "TILE_T": tiles.t}
     compiled(target, triton_gram._gram_kernel, constants, tiles.warps, tiles.stages)
 
 
