@@ -61,7 +61,7 @@ def script(folder: Path, tell: int) -> None:
                 "step": step + 1,
             }
             torch.save(content, temporary)
-            os.replace(temporary, path)
+            temporary.replace(path)
             os.write(tell, b"t")
 
 
