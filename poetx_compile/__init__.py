@@ -3,6 +3,7 @@
 from .api import prepare, report, restore
 from .config import PoetxConfig
 from .errors import PoetxError, PoetxWarning
+from .metrics import Metrics
 from .report import Report
 
-__all__ = ["PoetxConfig", "PoetxError", "PoetxWarning", "Report", "prepare", "report", "restore"]
+__all__ = ["Metrics", "PoetxConfig", "PoetxError", "PoetxWarning", "Report", "prepare", "report", "restore"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -213,8 +213,12 @@ def _write_back(tensor: Tensor, matrices: Tensor) -> None:
         tensor.copy_(matrices.view(tensor.shape))
 
 
+Turns = list[tuple[OrthogonalFactor, list[Tensor]]]
+"""Factors, each with what its :meth:`OrthogonalFactor.fold` takes."""
+
+
 @torch.no_grad()
-def retract_all(work: Iterable[tuple[OrthogonalFactor, float]]) -> None:
+def retract_all(work: Iterable[tuple[OrthogonalFactor, float]], look: Callable[[Turns], None] | None = None) -> None:
     """Fold the rotations of many weights; blocks of one width share their launches, whatever weight they belong to.
 
     All rotations are made before the first weight is written: where memory for them is missing, every weight stays as it
@@ -224,8 +228,9 @@ def retract_all(work: Iterable[tuple[OrthogonalFactor, float]]) -> None:
     Args:
         work: factors, each with a gain that multiplies its ``q`` first, for optimizers that scale by the size of what they
             train.
+        look: sees the rotations before they are folded.
     """
-    made: list[tuple[OrthogonalFactor, list[Tensor]]] = []
+    made: Turns = []
     batch: list[tuple[OrthogonalFactor, float]] = []
     size = 0
     for factor, gain in work:
@@ -235,12 +240,13 @@ def retract_all(work: Iterable[tuple[OrthogonalFactor, float]]) -> None:
             made += _rotations(batch)
             batch, size = [], 0
     made += _rotations(batch)
+    if look is not None:
+        look(made)
     for factor, rotations in sorted(made, key=lambda pair: pair[0].weight.numel(), reverse=True):
         factor.fold(rotations)
 
 
-def _rotations(batch: list[tuple[OrthogonalFactor, float]]) -> list[tuple[OrthogonalFactor, list[Tensor]]]:
-    """What :meth:`OrthogonalFactor.fold` takes, for each factor."""
+def _rotations(batch: list[tuple[OrthogonalFactor, float]]) -> Turns:
     groups: dict[tuple[Any, ...], list[tuple[OrthogonalFactor, int, int, Tensor]]] = defaultdict(list)
     for factor, gain in batch:
         for place, (packed, side) in enumerate(factor.skews()):

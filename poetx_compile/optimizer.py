@@ -22,6 +22,7 @@ from ._torch import live_optimizers, on_optimizer_state_loaded, run_first_after_
 from .errors import PoetxError
 from .factor import OrthogonalFactor, factors, retract_all
 from .finite import FiniteWatch
+from .metrics import observed
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +156,9 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         _leave(outer)
     moved = [(factor, group) for factor, group in stepped if factor.q.grad is not None or not factor.is_clean]
     _finite.look([factor for factor, _ in moved])
-    retract_all((factor, _gain(optimizer, group)) for factor, group in moved)
+    work = [(factor, _gain(optimizer, group)) for factor, group in moved]
+    with observed(work) as look:
+        retract_all(work, look)
     for factor, _ in stepped:
         coverage.forget(factor)
     _steps.finished.append((optimizer, [factor for factor, _ in moved]))
