@@ -4,6 +4,7 @@ from .api import prepare, report, restore
 from .config import PoetxConfig
 from .distributed import check_ranks
 from .errors import PoetxError, PoetxWarning
+from .metrics import Metrics
 from .report import Report
 
-__all__ = ["PoetxConfig", "PoetxError", "PoetxWarning", "Report", "check_ranks", "prepare", "report", "restore"]
+__all__ = ["Metrics", "PoetxConfig", "PoetxError", "PoetxWarning", "Report", "check_ranks", "prepare", "report", "restore"]

@@ -26,7 +26,8 @@ _CODE = "poetx_code_"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SETTINGS = ("block_size", "chunk", "scale")
 _PLACE = ("poetx_key", "poetx_epoch", "poetx_steps")
-_FACTS = (*(_PREFIX + name for name in _SETTINGS), *_PLACE)
+_SHAPE = ("poetx_count", "poetx_rows", "poetx_columns")
+_FACTS = (*(_PREFIX + name for name in _SETTINGS), *_PLACE, *_SHAPE)
 
 
 def is_saved(entry: Entry) -> bool:
@@ -87,7 +88,7 @@ def adopt(optimizer: Optimizer) -> bool:
             if not entry or "poetx_live" not in entry:
                 continue
             factor = factors.of_weight(parameter)
-            if factor is None or _other_setting(factor, entry):
+            if factor is None or _other_setting(factor, entry) or _other_shape(factor, entry):
                 waiting = True
                 continue
             live = _decoded(factor, entry)
@@ -100,7 +101,7 @@ def adopt(optimizer: Optimizer) -> bool:
 
 def _facts(factor: OrthogonalFactor) -> Entry:
     settings = [getattr(factor.config, name) for name in _SETTINGS]
-    return dict(zip(_FACTS, [*settings, factor.key, factor.epoch, factor.steps]))
+    return dict(zip(_FACTS, [*settings, factor.key, factor.epoch, factor.steps, *factor.stack.shape]))
 
 
 def _encoded(weight: Tensor, entry: Entry, residual: Tensor | None) -> Entry:
@@ -176,8 +177,14 @@ def ordinary(factor: OrthogonalFactor, entry: Entry) -> Entry:
 
 def check_settings(factor: OrthogonalFactor, entry: Entry) -> None:
     """Raises:
-    PoetxError: the entry belongs to a rotation by other blocks, or at another scale.
+    PoetxError: the entry belongs to a rotation by other blocks, at another scale, or of a weight of another shape.
     """
+    shape = _other_shape(factor, entry)
+    if shape is not None:
+        raise PoetxError(
+            f"poetx: the loaded optimizer state of '{factor.name}' rotates {_readable(shape)}, the weight is "
+            f"{_readable(factor.stack.shape)}: it belongs to another model, or to parameters in another order"
+        )
     name = _other_setting(factor, entry)
     if name is not None:
         saved, now = entry[_PREFIX + name], getattr(factor.config, name)
@@ -189,6 +196,15 @@ def check_settings(factor: OrthogonalFactor, entry: Entry) -> None:
 
 def _other_setting(factor: OrthogonalFactor, entry: Entry) -> str | None:
     return next((name for name in _SETTINGS if entry[_PREFIX + name] != getattr(factor.config, name)), None)
+
+
+def _other_shape(factor: OrthogonalFactor, entry: Entry) -> tuple[int, ...] | None:
+    saved = tuple(entry.get(name, now) for name, now in zip(_SHAPE, factor.stack.shape))
+    return saved if saved != factor.stack.shape else None
+
+
+def _readable(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape if shape[0] > 1 else shape[1:]))
 
 
 def fingerprint(weight: Tensor) -> int:

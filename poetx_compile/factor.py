@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -215,26 +215,40 @@ def _write_back(tensor: Tensor, matrices: Tensor) -> None:
         tensor.copy_(matrices.view(tensor.shape))
 
 
+Turns = list[tuple[OrthogonalFactor, list[Tensor]]]
+"""Factors, each with what its :meth:`OrthogonalFactor.fold` takes."""
+
+
 @torch.no_grad()
-def retract_all(work: Iterable[tuple[OrthogonalFactor, float]]) -> None:
+def retract_all(work: Iterable[tuple[OrthogonalFactor, float]], look: Callable[[Turns], None] | None = None) -> None:
     """Fold the rotations of many weights; blocks of one width share their launches, whatever weight they belong to.
+
+    All rotations are made before the first weight is written: where memory for them is missing, every weight stays as it
+    was. Until then they take twice the memory of all ``q`` (as much as ``q`` where they are float16). The Triton kernel
+    that folds needs none beside; elsewhere the largest weight goes first, and leaves its scratch to the others.
 
     Args:
         work: factors, each with a gain that multiplies its ``q`` first, for optimizers that scale by the size of what they
             train.
+        look: sees the rotations before they are folded.
     """
+    made: Turns = []
     batch: list[tuple[OrthogonalFactor, float]] = []
     size = 0
     for factor, gain in work:
         batch.append((factor, gain))
         size += factor.q.numel()
         if size >= _SKEWS_PER_BATCH:
-            _retract_batch(batch)
+            made += _rotations(batch)
             batch, size = [], 0
-    _retract_batch(batch)
+    made += _rotations(batch)
+    if look is not None:
+        look(made)
+    for factor, rotations in sorted(made, key=lambda pair: pair[0].weight.numel(), reverse=True):
+        factor.fold(rotations)
 
 
-def _retract_batch(batch: list[tuple[OrthogonalFactor, float]]) -> None:
+def _rotations(batch: list[tuple[OrthogonalFactor, float]]) -> Turns:
     groups: dict[tuple[Any, ...], list[tuple[OrthogonalFactor, int, int, Tensor]]] = defaultdict(list)
     for factor, gain in batch:
         for place, (packed, side) in enumerate(factor.skews()):
@@ -245,8 +259,7 @@ def _retract_batch(batch: list[tuple[OrthogonalFactor, float]]) -> None:
         turned = kernels.cayley_neumann(torch.cat([packed for *_, packed in members]), width, scale, precision)
         parts = turned.split([count for _, _, count, _ in members])
         rotations.update({(factor, place): part for (factor, place, *_), part in zip(members, parts)})
-    for factor, _ in batch:
-        factor.fold([rotations[factor, place] for place, _ in enumerate(factor.skews())])
+    return [(factor, [rotations[factor, place] for place, _ in enumerate(factor.skews())]) for factor, _ in batch]
 
 
 class Registry:

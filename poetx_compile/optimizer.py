@@ -22,6 +22,7 @@ from ._torch import live_optimizers, on_optimizer_state_loaded, run_first_after_
 from .errors import PoetxError
 from .factor import OrthogonalFactor, factors, retract_all
 from .finite import FiniteWatch
+from .metrics import observed
 
 log = logging.getLogger(__name__)
 
@@ -155,9 +156,10 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         _leave(outer)
     moved = [(factor, group) for factor, group in stepped if factor.q.grad is not None or not factor.is_clean]
     _finite.look([factor for factor, _ in moved])
-    retract_all((factor, _gain(optimizer, group)) for factor, group in moved)
+    work = [(factor, _gain(optimizer, group)) for factor, group in moved]
+    with observed(work) as look:
+        retract_all(work, look)
     for factor, _ in stepped:
-        checkpoint.tag(factor, optimizer.state.get(factor.weight, {}), factor.epoch)
         coverage.forget(factor)
     _steps.finished.append((optimizer, [factor for factor, _ in moved]))
     if not _steps.running:
@@ -258,12 +260,13 @@ def _fresh_entry(
 
 
 def _leave(optimizer: Optimizer) -> list[tuple[OrthogonalFactor, dict[str, Any]]]:
-    """Put every ``W`` back in its place. Returns the factors that took part, each with its group."""
+    """Put every ``W`` back in its place, and tag its state. Returns the factors that took part, each with its group."""
     slots = _slots(optimizer)
     for factor, group, index in slots:
         group["params"][index] = factor.weight
         if factor.q in optimizer.state:
-            optimizer.state[factor.weight] = optimizer.state.pop(factor.q)
+            entry = optimizer.state[factor.weight] = optimizer.state.pop(factor.q)
+            checkpoint.tag(factor, entry, factor.epoch)
     return [(factor, group) for factor, group, _ in slots]
 
 

@@ -10,6 +10,7 @@ bits each, nearly as exact) or ``tf32`` (one). ``cayley_neumann`` with ``tf32`` 
 from . import ops
 from .linear import LINEAR_VERSION, rotated_linear
 from .naive import project
+from .precision import UNIT
 from .residual import HALF, decode, master_dtype
 
 block_gram = ops.block_gram
@@ -19,6 +20,7 @@ rotate_ = ops.rotate_
 __all__ = [
     "HALF",
     "LINEAR_VERSION",
+    "UNIT",
     "block_gram",
     "cayley_neumann",
     "decode",
