@@ -50,7 +50,7 @@ def prepare(
     plain = getattr(model, "_orig_mod", model)
     with _undisturbed(plain), torch.enable_grad():
         torch.compile(plain, backend=convert_only)(*example_inputs, **example_kwargs)
-    converted = [factor for weight in plain.parameters() if (factor := factors.of_weight(weight)) is not None]
+    converted = factors.of_module(plain)
     if not converted:
         raise PoetxError("poetx: no linear layer of this model can be converted; poetx_compile.report(model) says why")
     if optimizer is not None:

@@ -60,7 +60,7 @@ def check_ranks(model: nn.Module, *, repair: bool = False, group: distributed.Pr
     Raises:
         PoetxError: some ranks differ; names the first weight that does.
     """
-    converted = [factor for weight in model.parameters() if (factor := factors.of_weight(weight)) is not None]
+    converted = factors.of_module(model)
     if not converted:
         return
     sums = torch.stack([_checksum(factor) for factor in converted])

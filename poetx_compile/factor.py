@@ -290,6 +290,10 @@ class Registry:
         factor = self._by_weight.get(id(weight))
         return factor if factor is not None and factor._weight() is weight else None
 
+    def of_module(self, module: nn.Module) -> list[OrthogonalFactor]:
+        """The factors of a module's parameters, in their order."""
+        return [factor for weight in module.parameters() if (factor := self.of_weight(weight)) is not None]
+
     def of_skew(self, q: object) -> OrthogonalFactor | None:
         factor = self._by_skew.get(id(q))
         return factor if factor is not None and factor.q is q else None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .factor import OrthogonalFactor, Turns, factors
-from .kernels import UNIT
+from .kernels import unscaled
 
 
 class Metrics:
@@ -102,8 +102,7 @@ def observed(work: Sequence[tuple[OrthogonalFactor, float]]) -> Iterator[Callabl
 
 
 def _orthogonality(turn: Tensor) -> Tensor:
-    if turn.dtype == torch.float16:
-        turn = turn.float() / UNIT
+    turn = unscaled(turn)
     return (turn + turn.mT + turn.mT @ turn).abs().max()
 
 

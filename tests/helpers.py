@@ -24,6 +24,17 @@ def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     return nn.Sequential(nn.Linear(22, 32), nn.Tanh(), nn.Linear(32, 20, bias=False), nn.LayerNorm(20)).to(dtype)
 
 
+class Block(nn.Module):
+    """:func:`network` as a module of one's own: torch compiles nothing of an ``nn.Sequential`` itself, nor of a wrapper's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
 class Experts(nn.Module):
     """A stack of matrices and two kernels, one of them in channels-last memory, with the sizes of :func:`network`."""
 

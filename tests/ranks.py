@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
-from helpers import OPTIONS, network, values
+from helpers import OPTIONS, Block, values
 from torch import Tensor, distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -33,20 +33,9 @@ def share(step: int) -> tuple[Tensor, Tensor]:
     return x, target
 
 
-class Model(nn.Module):
-    """torch.compile skips the forward of a wrapper around an ``nn.Sequential``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = network()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
-
-
-def prepared(**options: Any) -> Model:
+def prepared(**options: Any) -> Block:
     """A model that starts elsewhere on each rank, until the wrapper sends that of rank 0."""
-    model = Model()
+    model = Block()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(distributed.get_rank())
@@ -143,7 +132,7 @@ def checked(folder: Path) -> Result:
 
 
 def wrapped_unprepared(folder: Path) -> Result:
-    model = Model()
+    model = Block()
     modules = DistributedDataParallel(compiled(model)), compiled(DistributedDataParallel(model))
     messages = [error_of(partial(module, share(0)[0])) for module in modules]
     return {"messages": messages, "converted": any(factors.of_weight(weight) for weight in model.parameters())}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import loss, network, train, values
+from helpers import Block, loss, network, train, values
 from modes import DEBUG, SETTINGS, STANCES
 from torch import Tensor, nn
 
@@ -60,17 +60,6 @@ def test_under_force_eager_from_the_start_nothing_is_converted() -> None:
     assert not any(factors.of_weight(parameter) for parameter in model.parameters())
     for ours, theirs in zip(values(model), values(reference), strict=True):
         assert torch.equal(ours, theirs)
-
-
-class Block(nn.Module):
-    """torch compiles nothing where ``compile`` is called on an ``nn.Sequential`` itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = network()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
 
 
 def test_module_compile_block_by_block() -> None:

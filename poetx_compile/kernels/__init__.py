@@ -10,7 +10,7 @@ bits each, nearly as exact) or ``tf32`` (one). ``cayley_neumann`` with ``tf32`` 
 from . import ops
 from .linear import LINEAR_VERSION, rotated_linear
 from .naive import project
-from .precision import UNIT
+from .precision import unscaled
 from .residual import HALF, decode, master_dtype
 
 block_gram = ops.block_gram
@@ -20,7 +20,6 @@ rotate_ = ops.rotate_
 __all__ = [
     "HALF",
     "LINEAR_VERSION",
-    "UNIT",
     "block_gram",
     "cayley_neumann",
     "decode",
@@ -28,4 +27,5 @@ __all__ = [
     "project",
     "rotate_",
     "rotated_linear",
+    "unscaled",
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import naive
 from .gram import GramSide
-from .precision import PRECISIONS, UNIT
+from .precision import PRECISIONS, unscaled
 from .residual import HALF, master_dtype
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -81,9 +82,7 @@ def _rotate_(
         with torch.cuda.device(weight.device):
             triton_rotate.rotate_(weight, residual, rows, row_channels, columns, column_channels, run, precision)
     else:
-        rows, columns = (
-            side if side is None or side.dtype != torch.float16 else side.float() / UNIT for side in (rows, columns)
-        )
+        rows, columns = (None if side is None else unscaled(side) for side in (rows, columns))
         naive.rotate_(weight, residual, rows, row_channels, columns, column_channels)
 
 
@@ -110,10 +109,8 @@ def _(
     channels: list[Tensor],
     width: list[int],
     run: list[int],
-    scale: float = 1.0,
-    bias: Tensor | None = None,
-    bias_grad: Tensor | None = None,
-    bias_side: int = 0,
+    *others: Any,
+    **by_name: Any,
 ) -> Tensor:
     skew = sum(GramSide(*side).skew for side in zip(left, right, channels, width, run))
     return left[0].new_empty(skew, dtype=master_dtype(left[0].dtype))
@@ -126,16 +123,7 @@ def _(skew: Tensor, width: int, scale: float, precision: str = "tf32x3") -> Tens
 
 
 @torch.library.register_fake("poetx::rotate_", lib=library)
-def _(
-    weight: Tensor,
-    residual: Tensor | None,
-    rows: Tensor | None,
-    row_channels: Tensor,
-    columns: Tensor | None,
-    column_channels: Tensor,
-    run: int = 1,
-    precision: str = "tf32x3",
-) -> None:
+def _(*operands: Any, **by_name: Any) -> None:
     return None
 
 

@@ -7,11 +7,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 
 UNIT = 4096.0
 """Rotations in float16 are stored this many times larger: 11 bits of numbers from 1.5e-8 to 16."""
+
+
+def unscaled(rotation: Tensor) -> Tensor:
+    """``E``, of the dtype that it is computed in, from ``E`` or from what stands for it in float16."""
+    return rotation.float() / UNIT if rotation.dtype == torch.float16 else rotation
 
 
 @contextmanager

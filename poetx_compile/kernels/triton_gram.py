@@ -138,16 +138,15 @@ def block_gram(
     packed = torch.empty(sum(lengths), dtype=dtype, device=sides[0].left.device)
     alike = {(side.width, side.left.shape[0]) for side in sides}
     if len(sides) == 2 and len(alike) == 1 and sum(side.blocks for side in sides) <= tuning.processors(packed.device):
-        _gram_sides(sides[0], sides[1], packed, scale, bias, bias_grad, bias_side, tiles)
+        _gram_sides(sides, packed, scale, bias, bias_grad, bias_side, tiles)
     else:
         for index, (side, output) in enumerate(zip(sides, packed.split(lengths))):
-            _gram_sides(side, None, output, scale, bias if index == bias_side else None, bias_grad, 0, tiles)
+            _gram_sides([side], output, scale, bias if index == bias_side else None, bias_grad, 0, tiles)
     return packed
 
 
 def _gram_sides(
-    first: GramSide,
-    second: GramSide | None,
+    sides: Sequence[GramSide],
     packed: Tensor,
     scale: float,
     bias: Tensor | None,
@@ -155,7 +154,8 @@ def _gram_sides(
     bias_side: int,
     tiles: GramTiles | None,
 ) -> None:
-    sides = [first] if second is None else [first, second]
+    """One or two sides of one width and number of tokens, in one launch."""
+    first, last = sides[0], sides[-1]
     if bias is not None and bias_grad is not None:
         bias, bias_grad = bias.contiguous(), bias_grad.contiguous()
     operands = [_with_unit_stride(tensor) for side in sides for tensor in (side.left, side.right)]
@@ -167,7 +167,6 @@ def _gram_sides(
     tokens_per_split = triton.cdiv(triton.cdiv(max(tokens, 1), splits), tiles.t) * tiles.t
     splits = triton.cdiv(max(tokens, 1), tokens_per_split)
     partial = torch.empty(splits, blocks, width, width, dtype=torch.float32, device=packed.device)
-    last = sides[-1]
     _gram_kernel[(programs, splits)](
         *operands[:2],
         first.channels,
