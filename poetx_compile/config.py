@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ._torch import inductor_modes, inductor_option_names, inductor_option_type
 from .errors import PoetxError
+from .layout import automatic_chunk
 
 ROUTES = ("auto", "gram", "dense")
 PRECISIONS = ("auto", "ieee", "tf32x3", "tf32")
 INNER = ("inductor", "aot_eager")
 HEADS = ("lm_head", "head", "heads", "classifier", "score", "embed_out", "output_projection")
-
-_COALESCED = 32
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,8 @@ class PoetxConfig:
     """Largest block of channels that one orthogonal factor rotates. Larger: more freedom, more memory for ``q``."""
 
     chunk: int = 0
-    """Channels that a permutation moves together. 1 is the papers' uniform permutation; 0 takes the largest
-    power of two up to 32 of which blocks are made (reads are coalesced then), but at least 8 of blocks that hold 8."""
+    """Channels that a permutation moves together. 1 is the papers' uniform permutation; 0 takes a power of two up to 64
+    that fits the blocks and the dimension, so that reads are coalesced: see :func:`.layout.automatic_chunk`."""
 
     scale: float = 1.0
     """``s``: a block's skew matrix is ``s`` times what the optimizer wrote. Sets how fast rotations learn."""
@@ -73,8 +71,6 @@ class PoetxConfig:
                 expected = type(field.default).__name__
                 raise PoetxError(f"poetx: option {field.name!r} must be {expected}, not {value!r}")
             object.__setattr__(self, field.name, value)
-        if self.chunk == 0:
-            object.__setattr__(self, "chunk", max(math.gcd(self.block_size, _COALESCED), min(self.block_size, 8)))
         self._check_numbers()
         for name, choices in (("route", ROUTES), ("precision", PRECISIONS), ("inner", INNER)):
             if getattr(self, name) not in choices:
@@ -88,7 +84,7 @@ class PoetxConfig:
         return names
 
     def _check_numbers(self) -> None:
-        chunk = self.chunk
+        chunk = self.chunk or automatic_chunk(self.block_size)
         if chunk < 1:
             raise PoetxError(f"poetx: option 'chunk' must be 1 or more, or 0 for one that fits, not {chunk}")
         if self.block_size < 2 or self.block_size % chunk:

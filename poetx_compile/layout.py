@@ -9,6 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_COALESCED, _WIDE = 32, 64
+_LONG = 1024
+
+
+def automatic_chunk(block_size: int) -> int:
+    """The largest power of two up to 32 of which blocks are made, but at least 8 of blocks that hold 8."""
+    return max(math.gcd(block_size, _COALESCED), min(block_size, 8))
+
 
 @dataclass(frozen=True)
 class BlockLayout:
@@ -26,8 +34,15 @@ class BlockLayout:
     def of(cls, features: int, block_size: int, chunk: int) -> BlockLayout:
         """Blocks of equal width, at most ``block_size``, made of whole chunks: they leave as few channels out as possible.
 
-        A dimension too short for one chunk, or for a block of two channels, is not rotated (``count`` is 0).
+        A dimension too short for one chunk, or for a block of two channels, is not rotated (``count`` is 0). Where
+        ``chunk`` is 0, it is :func:`automatic_chunk`, or 64 in long dimensions where that leaves no more channels out.
         """
+        if chunk == 0:
+            layout = cls.of(features, block_size, automatic_chunk(block_size))
+            if features < _LONG or features % _WIDE or block_size % (4 * _WIDE):
+                return layout
+            wide = cls.of(features, block_size, _WIDE)
+            return wide if wide.rotated == layout.rotated else layout
         most = max(1, -(-features // block_size))
         counts = (most, most - 1) if most > 1 else (most,)
         shapes = [(count, min(block_size, chunk * (features // (chunk * count)))) for count in counts]
@@ -51,7 +66,7 @@ class BlockLayout:
     @property
     def run(self) -> int:
         """Channels that are sure to lie side by side, from a multiple of their number on: what a kernel may read at once."""
-        return math.gcd(self.chunk, 32) if self.features % self.chunk == 0 else 1
+        return math.gcd(self.chunk, _WIDE) if self.features % self.chunk == 0 else 1
 
     def channels(self, key: int, side: int, epoch: int) -> Tensor:
         """Draw the channels of all blocks, in block order: int64 ``[rotated]``, on CPU.

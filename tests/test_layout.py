@@ -8,7 +8,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from strategies import SEEDS
 
-from poetx_compile.layout import BlockLayout, permutation_key
+from poetx_compile.layout import BlockLayout, automatic_chunk, permutation_key
 
 CHUNKS = st.integers(1, 16)
 BLOCKS_IN_CHUNKS = st.integers(1, 16)
@@ -31,6 +31,24 @@ def layouts(draw: st.DrawFn) -> BlockLayout:
 def test_blocks_of_common_dimensions(features: int, count: int, width: int) -> None:
     layout = BlockLayout.of(features, block_size=256, chunk=16)
     assert (layout.count, layout.width) == (count, width)
+
+
+@pytest.mark.parametrize(
+    ("features", "block_size", "chunk"),
+    [
+        *((4096, 256, 64), (1024, 512, 64), (14336, 256, 64), (11008, 256, 64)),
+        *((1600, 256, 32), (896, 256, 32), (768, 256, 32), (4096, 128, 32), (4100, 256, 32)),
+        *((48, 48, 16), (40, 40, 8), (16, 16, 16), (6, 6, 6)),
+    ],
+)
+def test_automatic_chunks(features: int, block_size: int, chunk: int) -> None:
+    assert BlockLayout.of(features, block_size, 0) == BlockLayout.of(features, block_size, chunk)
+
+
+@given(st.integers(1, 6000), st.sampled_from((16, 64, 256, 512)))
+def test_an_automatic_chunk_leaves_no_more_channels_out_than_a_small_one(features: int, block_size: int) -> None:
+    small = BlockLayout.of(features, block_size, automatic_chunk(block_size))
+    assert BlockLayout.of(features, block_size, 0).rotated == small.rotated
 
 
 @given(st.integers(1, 600), BLOCKS_IN_CHUNKS, CHUNKS)

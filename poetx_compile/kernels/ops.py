@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from . import naive
 from .gram import GramSide
 from .precision import PRECISIONS, unscaled
 from .residual import HALF, master_dtype
+
+log = logging.getLogger(__name__)
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _WIDEST = 512
@@ -79,8 +83,12 @@ def _rotate_(
     if _fits(weight, *widths) and is_whole and all(tensor.is_contiguous() for tensor in stored):
         from . import triton_rotate
 
+        both = _both_sides(weight.device)
         with torch.cuda.device(weight.device):
-            triton_rotate.rotate_(weight, residual, rows, row_channels, columns, column_channels, run, precision)
+            if both is not None and both.serves(weight, residual, rows, columns, run):
+                both.rotate_(weight, residual, rows, row_channels, columns, column_channels, run)
+            else:
+                triton_rotate.rotate_(weight, residual, rows, row_channels, columns, column_channels, run, precision)
     else:
         rows, columns = (None if side is None else unscaled(side) for side in (rows, columns))
         naive.rotate_(weight, residual, rows, row_channels, columns, column_channels)
@@ -94,6 +102,19 @@ def _check(precision: str) -> None:
 def _fits(tensor: Tensor, *widths: int) -> bool:
     """Whether the Triton kernels serve: a GPU, no float64, and blocks that stay in registers."""
     return tensor.is_cuda and _HAS_TRITON and tensor.dtype != torch.float64 and max(widths, default=0) <= _WIDEST
+
+
+@functools.cache
+def _both_sides(device: torch.device) -> Any:
+    """The kernel that rotates both sides in one pass, on the GPUs that it is written for."""
+    if torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    try:
+        from . import gluon_rotate
+    except (ImportError, AttributeError) as error:  # Gluon's interface is not settled yet
+        log.warning("this version of Triton cannot rotate both sides in one pass, which is slower: %s", error)
+        return None
+    return gluon_rotate
 
 
 for _device in ("CPU", "CUDA"):

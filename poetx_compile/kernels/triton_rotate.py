@@ -29,7 +29,7 @@ def _load(weight, residual, offsets, mask, KIND: tl.constexpr):
 
 
 @triton.jit
-def _decode(high, low, KIND: tl.constexpr):
+def decode(high, low, KIND: tl.constexpr):
     """Float32 of weights and residuals: KIND 0 float32, 1 bfloat16, 2 float16."""
     value = high.to(tl.float32)
     if KIND == 1:
@@ -45,29 +45,37 @@ def _decode(high, low, KIND: tl.constexpr):
 
 
 @triton.jit
-def _encode(weight, residual, offsets, mask, value, KIND: tl.constexpr):
-    if KIND == 0:
-        tl.store(weight + offsets, value, mask=mask)
-    elif KIND == 1:
-        bits = value.to(tl.int32, bitcast=True)
-        upper = (bits + 0x7F + ((bits >> 8) & 1)) >> 8
-        high = tl.where(value == value, (upper + 0x80) >> 8, 0x7FC0)
-        tl.store(weight + offsets, high.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
-        tl.store(residual + offsets, (upper - (high << 8)).to(tl.int8), mask=mask)
+def encode(value, KIND: tl.constexpr):
+    """The weights and the residuals of float32 values, as :func:`.residual.encode_` rounds them."""
+    if KIND == 1:
+        bits = tl.minimum(value.to(tl.int32, bitcast=True), 0x7FC00000)  # NaN stays NaN
+        bits += 0x7F + ((bits >> 8) & 1)
+        high = ((bits + 0x8000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        low = (bits >> 8).to(tl.int8)
     else:
-        half = value.to(tl.float16)
-        high = half.to(tl.float32)
-        bits = high.to(tl.int32, bitcast=True)
+        high = value.to(tl.float16)
+        rounded = high.to(tl.float32)
+        bits = rounded.to(tl.int32, bitcast=True)
         exponent = tl.maximum((bits >> 23) & 0xFF, 113)
         inverse = ((272 - exponent) << 23).to(tl.float32, bitcast=True)
-        steps = (value - high) * inverse
+        steps = (value - rounded) * inverse
         whole = tl.floor(steps + 0.5)
         odd = (whole.to(tl.int32) & 1) == 1
         whole = tl.where((whole - steps == 0.5) & odd, whole - 1, whole)
         whole = tl.minimum(tl.maximum(whole, -127.0), 127.0)
         finite = (bits & 0x7F800000) != 0x7F800000
-        tl.store(weight + offsets, half, mask=mask)
-        tl.store(residual + offsets, tl.where(finite, whole, 0.0).to(tl.int8), mask=mask)
+        low = tl.where(finite, whole, 0.0).to(tl.int8)
+    return high, low
+
+
+@triton.jit
+def _store(weight, residual, offsets, mask, value, KIND: tl.constexpr):
+    if KIND == 0:
+        tl.store(weight + offsets, value, mask=mask)
+    else:
+        high, low = encode(value, KIND)
+        tl.store(weight + offsets, high, mask=mask)
+        tl.store(residual + offsets, low, mask=mask)
 
 
 @triton.jit
@@ -117,7 +125,7 @@ def _rotate_kernel(
     k = tl.arange(0, PADDED)
     everything = _places(channels, k, across, channel_stride, stride, WIDTH, RUN, TRANSPOSED)
     tile, rest = _load(weight, residual, everything, _inside(k, across, size, WIDTH, TRANSPOSED), KIND)
-    tile = _decode(tile, rest, KIND)
+    tile = decode(tile, rest, KIND)
     scale = scale_below(tile, 11)
     high, low = split(tile * scale, PRECISION)
     i = tl.arange(0, ALONG)
@@ -137,11 +145,11 @@ def _rotate_kernel(
             inside = (i < WIDTH)[:, None] & (k < WIDTH)[None, :]
             e_high, e_low = load_rotation(rotation + i[:, None] * WIDTH + k[None, :], inside, PRECISION)
             change = dot(e_high, e_low, high, low, PRECISION)
-        _encode(weight, residual, offsets, mask, _decode(before, rest, KIND) + change * (1 / (scale * _UNIT)), KIND)
+        _store(weight, residual, offsets, mask, decode(before, rest, KIND) + change * (1 / (scale * _UNIT)), KIND)
         i, offsets, mask, before, rest = following, offsets_following, mask_following, before_following, rest_following
 
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def rotate_(
@@ -196,7 +204,7 @@ def _rotate_side(
         ALONG=tiles.along,
         RUN=run,
         TRANSPOSED=transposed,
-        KIND=_KINDS[weight.dtype],
+        KIND=KINDS[weight.dtype],
         PRECISION=precision,
         num_warps=tiles.warps,
         num_stages=tiles.stages,

@@ -12,8 +12,9 @@ import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from poetx_compile.kernels import triton_cayley, triton_gram, triton_rotate, triton_series
+from poetx_compile.kernels import gluon_rotate, triton_cayley, triton_gram, triton_rotate, triton_series
 from poetx_compile.kernels.precision import PRECISIONS
 from poetx_compile.kernels.tuning import TABLES, GramTiles, RotateTiles
 
@@ -52,14 +53,16 @@ FIXED: dict[str, tuple[Any, dict[str, Any], int, int]] = {
 }
 
 
-def compiled(target: str, function: Any, constants: dict[str, Any], warps: int, stages: int, **types: str) -> Any:
+def compiled(
+    target: str, function: Any, constants: dict[str, Any], warps: int, stages: int, kind: Any = ASTSource, **types: str
+) -> Any:
     gpu, limit = TARGETS[target]
     if function is triton_cayley._far_kernel:
         constants = constants | {"PRECISION": triton_cayley.far_precision("tf32x3", gpu.backend == "hip")}
     names = function.arg_names
     given = {name: (TYPES | types)[name] for name in names if name not in constants}
     aligned = [name for name, kind in given.items() if kind.startswith("*") or "stride" in name or name == "size"]
-    source = ASTSource(
+    source = kind(
         function,
         {name: given.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
@@ -105,3 +108,12 @@ def test_rotation_compiles_with_the_tiles_of_the_table(target: str, precision: s
     constants |= {"channel_stride": 1} if side == "columns" else {"stride": 1}
     rotation = "*fp16" if precision == "tf32" else "*fp32"
     compiled(target, triton_rotate._rotate_kernel, constants, tiles.warps, tiles.stages, rotation=rotation)
+
+
+@pytest.mark.parametrize("dtype", ("bf16", "fp16"))
+@pytest.mark.parametrize(("m", "n"), ((256, 256), (256, 128), (128, 256), (128, 128)))
+def test_both_sides_in_one_pass_compile_for_hopper(m: int, n: int, dtype: str) -> None:
+    constants = {"M": m, "N": n, "RUN": 32, "KIND": 1 if dtype == "bf16" else 2, "WARPS": m // 16}
+    types = {"weight": f"*{dtype}", "rows": "*fp16", "columns": "*fp16", "row_channels": "*i64", "column_channels": "*i64"}
+    kernel = gluon_rotate._rotate_kernel
+    compiled("sm90", kernel, constants, m // 16, 1, GluonASTSource, **types)

@@ -1,0 +1,117 @@
+"""The kernel that rotates both sides in one pass on a Hopper GPU; that it compiles is checked in ``test_triton.py``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from poetx_compile.kernels import HALF, cayley_neumann, decode, naive, rotate_, unscaled
+from poetx_compile.layout import BlockLayout
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="written for Hopper GPUs"
+    ),
+]
+SHAPES = [(512, 768, 256, 256), (256, 640, 256, 128), (384, 512, 128, 256), (128, 128, 128, 128), (2048, 1024, 256, 256)]
+
+
+def operands(
+    m: int, n: int, rows: int, columns: int, dtype: torch.dtype, size: float, chunk: int = 32
+) -> list[Tensor | int]:
+    """A weight with its residual, and rotations by skews of a standard deviation ``size``."""
+    generator = torch.Generator("cuda").manual_seed(m + n)
+    normal = {"generator": generator, "device": "cuda"}
+    weight = (torch.randn(m, n, **normal) * n**-0.5).to(dtype)
+    residual = torch.randint(-127, 128, (m, n), dtype=torch.int8, **normal)
+    layouts = BlockLayout.of(m, rows, chunk), BlockLayout.of(n, columns, chunk)
+    turns = [cayley_neumann(torch.randn(layout.skew, **normal) * size, layout.width, 1.0, "tf32") for layout in layouts]
+    channels = [layout.channels(1, side, 0).cuda() for side, layout in enumerate(layouts)]
+    return [weight, residual, turns[0], channels[0], turns[1], channels[1], layouts[1].run]
+
+
+def exact(args: list[Tensor | int]) -> Tensor:
+    master = decode(args[0], args[1]).double()
+    naive.rotate_(master, None, unscaled(args[2]).double(), args[3], unscaled(args[4]).double(), args[5])
+    return master
+
+
+def rotated(args: list[Tensor | int]) -> tuple[Tensor, Tensor]:
+    weight, residual = args[0].clone(), args[1].clone()
+    rotate_(weight, residual, *args[2:], "tf32")
+    return weight, residual
+
+
+def serves(args: list[Tensor | int]) -> bool:
+    from poetx_compile.kernels import gluon_rotate
+
+    return gluon_rotate.serves(args[0], args[1], args[2], args[4], args[6])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("size", [1e-3, 0.05, 10.0])
+def test_agrees_with_the_oracle(shape: tuple[int, int, int, int], dtype: torch.dtype, size: float) -> None:
+    args = operands(*shape, dtype, size)
+    assert serves(args)
+    before, expected = decode(args[0], args[1]).double(), exact(args)
+    weight, residual = rotated(args)
+    got = decode(weight, residual).double()
+    change = torch.linalg.norm(expected - before)
+    assert torch.linalg.norm(got - expected) < 4e-4 * change + 2.0**-16 * torch.linalg.norm(expected)
+    assert ((got - weight.double()).abs() <= weight.double().abs() * torch.finfo(dtype).eps).all()
+    assert all(torch.equal(one, other) for one, other in zip((weight, residual), rotated(args)))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_nothing_changes_where_nothing_turns(dtype: torch.dtype) -> None:
+    args = operands(512, 512, 256, 256, dtype, 0.0)
+    args[0][3] = 0
+    before = decode(args[0], args[1])
+    weight, residual = rotated(args)
+    assert torch.equal(decode(weight, residual), before)
+
+
+@pytest.mark.parametrize("chunk", [16, 32, 64])
+def test_every_chunk(chunk: int) -> None:
+    args = operands(512, 512, 256, 256, torch.bfloat16, 1e-3, chunk)
+    assert serves(args)
+    got, expected = decode(*rotated(args)), exact(args)
+    assert torch.linalg.norm(got - expected) < 4e-5 * torch.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-6, 1e6, 1e30])
+def test_rows_of_any_size_stand_beside_the_others(factor: float) -> None:
+    """What is sampled for the scale of a tile is its first 32 rows, by their places in the permutation."""
+    args = operands(256, 256, 256, 256, torch.bfloat16, 1e-3)
+    for some in (args[3][:32], args[3][32:]):
+        extreme = [args[0].clone(), *args[1:]]
+        extreme[0][some] = (extreme[0][some].float() * factor).bfloat16()
+        got, expected = decode(*rotated(extreme)).double(), exact(extreme)
+        assert got.isfinite().all()
+        assert torch.linalg.norm(got - expected) < 4e-5 * torch.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_tile(bad: float) -> None:
+    args = operands(512, 512, 256, 256, torch.bfloat16, 1e-3)
+    spoiled = [args[0].clone(), *args[1:]]
+    spoiled[0][args[3][0], args[5][0]] = bad
+    weight, clean = rotated(spoiled)[0], rotated(args)[0]
+    tile = torch.zeros_like(weight, dtype=torch.bool)
+    tile[args[3][:256, None], args[5][None, :256]] = True
+    assert torch.equal(weight[~tile], clean[~tile])
+    assert not weight[args[3][0], args[5][0]].isfinite()
+
+
+def test_weights_that_do_not_fit_take_two_passes() -> None:
+    fits = operands(512, 512, 256, 256, torch.bfloat16, 1e-3)
+    ragged = operands(500, 512, 256, 256, torch.bfloat16, 1e-3)
+    one_sided = [*fits[:2], None, *fits[3:]]
+    assert serves(fits)
+    assert not serves(ragged)
+    assert not serves(one_sided)
+    got, expected = decode(*rotated(ragged)), exact(ragged)
+    assert torch.linalg.norm(got - expected) < 4e-5 * torch.linalg.norm(expected)
