@@ -16,8 +16,13 @@ from official import RefusalError, import_official
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from poetx_compile.factor import factors
+
 RATE = 1e-4
 """Learning rate of every method: small, so that nothing diverges. Time does not depend on it."""
+
+_SEEN_BY_MEDIAN = 2
+"""What comes once in so many steps, or more often, is in the median step."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,14 @@ def poetx(spec: Spec, model: nn.Module, size: Size) -> Trainer:
     inner = {} if spec.compiler == "inductor" else {"inner": spec.compiler}
     compiled = torch.compile(model, backend="poetx", mode=spec.mode, options={**spec.options, **inner} or None)
     optimizer = MarkedAdamW(model.parameters(), lr=RATE, fused=True)
-    return Trainer(model, compiled, [optimizer], optimizer)
+    period = spec.options.get("permutation_period", 0)
+    rare = Rare("new permutations", period, lambda: _draw(model)) if period > _SEEN_BY_MEDIAN else None
+    return Trainer(model, compiled, [optimizer], optimizer, rare)
+
+
+def _draw(model: nn.Module) -> None:
+    for factor in factors.of_module(model):
+        factor.draw()
 
 
 def adamw(spec: Spec, model: nn.Module, size: Size) -> Trainer:

@@ -6,6 +6,7 @@ import gc
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -177,7 +178,7 @@ class Run:
         rare_ms, share = self.rare(first_update_ms, parts["optimizer_ms"])
         parts["optimizer_ms"] += share
         if self.trainer.rare is not None and self.trainer.rare.run is not None:
-            parts["retraction_ms"] = share
+            parts["retraction_ms"] = parts.get("retraction_ms", 0.0) + share
         step_ms = timing.median + share
         tokens = case.micro * case.batch * case.seq
         trained = {id(p): p.numel() for o in self.trainer.optimizers for g in o.param_groups for p in g["params"]}
@@ -290,6 +291,7 @@ def main(case_text: str, out: str) -> None:
     except RefusalError as error:
         row = replace(row, reason=str(error))
     except Exception as error:
+        traceback.print_exc()
         row = replace(row, reason=one_line(error))
     _keep(Path(out), row, machine)
 

@@ -34,6 +34,7 @@ from train_table import markdown
 RESULTS = Path(__file__).parent / "results"
 CHILD = Path(__file__).with_name("train_run.py")
 MOST_DOUBLINGS = 12
+LINES_TOLD = 20
 
 Measured = tuple[Row, Machine]
 
@@ -62,20 +63,22 @@ class Launcher:
             environment = dict(os.environ)
             if self.has_cold_caches:
                 environment |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": str(Path(folder, "triton"))}
-            reason = _run([sys.executable, str(CHILD), json.dumps(asdict(case)), str(out)], environment, seconds)
+            reason, told = _run([sys.executable, str(CHILD), json.dumps(asdict(case)), str(out)], environment, seconds)
             kept = json.loads(out.read_text()) if out.exists() else {"row": asdict(case.row("")), "machine": {}}
         row = Row(**kept["row"])
+        if row.reason or reason:
+            print(*told[-LINES_TOLD:], sep="\n", file=sys.stderr)
         return (row if row.reason or not reason else replace(row, reason=reason)), kept["machine"]
 
 
-def _run(command: Sequence[str], environment: dict[str, str], seconds: float) -> str:
-    """Run to the end; gives why that was not reached, or nothing."""
+def _run(command: Sequence[str], environment: dict[str, str], seconds: float) -> tuple[str, list[str]]:
+    """Run to the end. Gives why that was not reached, or nothing, and the lines that the process wrote to stderr."""
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        return f"not finished after {seconds:.3g} s"
-    last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "")
-    return f"the process ended with {done.returncode}: {last[:300]}" if done.returncode else ""
+        return f"not finished after {seconds:.3g} s", []
+    told = [line for line in done.stderr.splitlines() if line.strip()]
+    return (f"the process ended with {done.returncode}: {''.join(told[-1:])[:300]}" if done.returncode else ""), told
 
 
 def largest_that_fits(measure: Callable[[Case], Measured], case: Case) -> Measured:

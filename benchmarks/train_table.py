@@ -1,6 +1,6 @@
 """Tables of whole training steps in Markdown: ``python benchmarks/train_table.py results/train-step-....csv README.md``.
 
-The second file's lines between the two markers are written anew.
+What stands in the second file between the two markers is written anew, with the columns of ``SHORT``.
 """
 
 from __future__ import annotations
@@ -14,20 +14,28 @@ from train_rows import Row
 
 BEGIN, END = "<!-- train-step: begin -->", "<!-- train-step: end -->"
 
-_HEADINGS = (
-    *("model", "tokens a step", "method", "tokens/s", "step, ms", "forward", "backward", "optimizer", "of it retraction"),
-    *("peak, GB", "weights", "residuals", "gradients", "states", "the rest", "floor, ms", "step / floor", "first step, s"),
+SHORT = (
+    *("model", "tokens a step", "method", "tokens/s", "step, ms", "optimizer", "of it retraction"),
+    *("peak, GB", "step / floor"),
 )
+_TEXTS = 3
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """A table with the last row of each method at each point; what failed says why below it."""
+def markdown(rows: Sequence[Row], headings: Sequence[str] = ()) -> str:
+    """A table with the last row of each method at each point; what failed says why below it.
+
+    Args:
+        headings: of the columns to show; all where none is given.
+    """
+    points = list(dict.fromkeys(row.point for row in rows))
     last = {(row.point, row.method, row.compiler, row.caches): row for row in rows}
-    ordered = sorted(last.values(), key=lambda row: list(dict.fromkeys(r.point for r in rows)).index(row.point))
-    lines = [f"| {' | '.join(_HEADINGS)} |", f"|{'---|' * 3}{'---:|' * (len(_HEADINGS) - 3)}"]
-    lines += [f"| {' | '.join(_cells(row))} |" for row in ordered if row.step_ms is not None]
-    lines += ["", *(f"* {_model(row)}, {_tokens(row)}, {row.method}: {row.reason}" for row in ordered if row.reason)]
-    lines += [f"* {_model(row)}, {_tokens(row)}, {row.method}: {row.note}" for row in ordered if row.note]
+    ordered = sorted(last.values(), key=lambda row: points.index(row.point))
+    measured = [_cells(row) for row in ordered if row.step_ms is not None]
+    shown = headings or (list(measured[0]) if measured else SHORT)
+    lines = [_line(shown), f"|{'---|' * _TEXTS}{'---:|' * (len(shown) - _TEXTS)}"]
+    lines += [_line([cells[heading] for heading in shown]) for cells in measured]
+    remarks = [(row, text) for row in ordered for text in (row.reason, row.note) if text]
+    lines += ["", *(f"* {_model(row)}, {_tokens(row)}, {row.method}: {text}" for row, text in remarks)]
     return "\n".join(lines).rstrip()
 
 
@@ -44,23 +52,38 @@ def write_into(document: Path, table: str) -> None:
     document.write_text(f"{before}{BEGIN}\n{table}\n{after}")
 
 
-def _cells(row: Row) -> list[str]:
-    milliseconds = (row.step_ms, row.forward_ms, row.backward_ms, row.optimizer_ms, row.retraction_ms)
-    bytes_ = (
-        *(row.peak_bytes, row.weight_bytes, row.residual_bytes, row.gradient_bytes),
-        *(row.state_bytes, row.rest_bytes),
-    )
-    return [
-        _model(row),
-        _tokens(row),
-        row.method,
-        _number(row.tokens_per_s, ",.0f"),
-        *(_number(value, ".1f") for value in milliseconds),
-        *(_number(None if value is None else value / 1e9, ".2f") for value in bytes_),
-        _number(row.floor_ms, ".1f"),
-        _number(row.gap, ".2f"),
-        _number(row.first_step_s, ".0f"),
-    ]
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cells(row: Row) -> dict[str, str]:
+    """What stands under each heading."""
+    milliseconds = {
+        "step, ms": row.step_ms,
+        "forward": row.forward_ms,
+        "backward": row.backward_ms,
+        "optimizer": row.optimizer_ms,
+        "of it retraction": row.retraction_ms,
+    }
+    sizes = {
+        "peak, GB": row.peak_bytes,
+        "weights": row.weight_bytes,
+        "residuals": row.residual_bytes,
+        "gradients": row.gradient_bytes,
+        "states": row.state_bytes,
+        "the rest": row.rest_bytes,
+    }
+    return {
+        "model": _model(row),
+        "tokens a step": _tokens(row),
+        "method": row.method,
+        "tokens/s": _number(row.tokens_per_s, ",.0f"),
+        **{heading: _number(value, ".1f") for heading, value in milliseconds.items()},
+        **{heading: _number(None if value is None else value / 1e9, ".2f") for heading, value in sizes.items()},
+        "floor, ms": _number(row.floor_ms, ".1f"),
+        "step / floor": _number(row.gap, ".2f"),
+        "first step, s": _number(row.first_step_s, ".0f"),
+    }
 
 
 def _model(row: Row) -> str:
@@ -77,7 +100,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def main(source: str, document: str) -> None:
-    write_into(Path(document), markdown([row for row, _ in read_csv(Path(source), Row)]))
+    write_into(Path(document), markdown([row for row, _ in read_csv(Path(source), Row)], SHORT))
 
 
 if __name__ == "__main__":

@@ -140,6 +140,14 @@ def test_official_rows_have_their_share_of_a_merge(bench: ModuleType, tmp_path: 
     assert without.reason.startswith("needs --official DIR")
 
 
+def test_new_permutations_have_their_share(bench: ModuleType, tmp_path: Path) -> None:
+    methods = "poetx:permutation_period=50"
+    ((found, _),) = run(bench, tmp_path / "X.csv", "--methods", methods, "--layers", "1")
+    assert found.rare_period == 50 and found.rare_ms > 0
+    assert found.rare_ms / 50 < found.retraction_ms < found.optimizer_ms
+    assert found.note.startswith("step and optimizer with 1/50 of the new permutations")
+
+
 def test_a_process_that_takes_too_long_is_a_row(bench: ModuleType, tmp_path: Path) -> None:
     (row,) = (row for row, _ in run(bench, tmp_path / "X.csv", "--methods", "adamw", "--timeout", "0.5"))
     assert (row.reason, row.flops > 0, row.step_ms) == ("not finished after 0.5 s", True, None)
@@ -310,13 +318,19 @@ def test_the_table_has_the_last_row_of_each_method(bench: ModuleType, tmp_path: 
     assert [cell.strip() for cell in lines[2].split("|")[1:12]] == cells
     assert "| 80.0 | 1.25 |" in lines[2]
     assert lines[3].startswith("| 13b, 4 layers | 2 × 8 × 2048 (most that fits) | poetx |  | 2.0 |")
-    assert lines[4:] == ["", "* 8b, 1 × 2048, adamw: OutOfMemoryError: no", "* 8b, 1 × 2048, poetx: so it is"]
+    assert lines[4:] == ["", "* 8b, 1 × 2048, poetx: so it is", "* 8b, 1 × 2048, adamw: OutOfMemoryError: no"]
+
+    short = bench.markdown(rows, train_table.SHORT).splitlines()
+    assert short[2] == "| 8b | 1 × 2048 | poetx | 12,346 | 99.0 | 9.0 | 7.0 | 43.10 | 1.25 |"
+    assert bench.markdown(rows[1:2]).splitlines()[2:] == ["", "* 8b, 1 × 2048, adamw: OutOfMemoryError: no"]
 
     document = tmp_path / "README.md"
     document.write_text(f"before\n{train_table.BEGIN}\nold\n{train_table.END}\nafter\n")
     for table in ("first", "second"):
         train_table.write_into(document, table)
     assert document.read_text() == f"before\n{train_table.BEGIN}\nsecond\n{train_table.END}\nafter\n"
+    document.write_text((BENCHMARKS.parent / "README.md").read_text())
+    train_table.write_into(document, "table")
     document.write_text("no markers")
     with pytest.raises(ValueError, match="once each"):
         train_table.write_into(document, "table")
