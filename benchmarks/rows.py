@@ -35,11 +35,12 @@ def write_csv(path: Path, rows: Sequence[Any], machine: Machine) -> None:
 
 
 def append_csv(path: Path, row: Any, machine: Machine) -> None:
-    """Add a line to a file, which may be new.
+    """Add a line to a file, which may be new. Where nothing is known of the machine, its columns stay empty.
 
     Raises:
         ValueError: the file has other columns.
     """
+    machine = {**dict.fromkeys(facts(torch.device("cpu"))), **machine}
     columns = [*_columns(row), *machine]
     if not path.exists():
         write_csv(path, [row], machine)

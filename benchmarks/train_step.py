@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import plot_train
@@ -47,38 +47,48 @@ class Launcher:
         timeout: seconds that one case may take.
         deadline: of all cases, by ``time.monotonic``.
         has_cold_caches: whether each process starts with an empty folder of compiled code.
+        machine: that the last process ran on.
     """
 
     timeout: float
     deadline: float
     has_cold_caches: bool = False
+    machine: Machine = field(default_factory=dict)
 
     def __call__(self, case: Case) -> Measured:
         """What a case's process measured, or the row that says why it did not."""
         seconds = min(self.timeout, self.deadline - time.monotonic())
         if seconds <= 0:
-            return replace(case.row(""), reason="left out: --minutes were used up before"), {}
-        with tempfile.TemporaryDirectory() as folder:
+            return replace(case.row(""), reason="left out: --minutes were used up before"), self.machine
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             out = Path(folder, "row.json")
             environment = dict(os.environ)
             if self.has_cold_caches:
                 environment |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": str(Path(folder, "triton"))}
-            reason, told = _run([sys.executable, str(CHILD), json.dumps(asdict(case)), str(out)], environment, seconds)
-            kept = json.loads(out.read_text()) if out.exists() else {"row": asdict(case.row("")), "machine": {}}
-        row = Row(**kept["row"])
-        if row.reason or reason:
-            print(*told[-LINES_TOLD:], sep="\n", file=sys.stderr)
-        return (row if row.reason or not reason else replace(row, reason=reason)), kept["machine"]
+            command = [sys.executable, str(CHILD), json.dumps(asdict(case)), str(out)]
+            reason, lines = _run(command, environment, Path(folder, "log"), seconds)
+            kept = json.loads(out.read_text()) if out.exists() else {"row": asdict(case.row("")), "machine": self.machine}
+        row, self.machine = Row(**kept["row"]), kept["machine"]
+        if not row.reason and not reason:
+            return row, self.machine
+        print(*lines[-LINES_TOLD:], sep="\n", file=sys.stderr)
+        return replace(row, reason=row.reason or reason), self.machine
 
 
-def _run(command: Sequence[str], environment: dict[str, str], seconds: float) -> tuple[str, list[str]]:
+def _run(command: Sequence[str], environment: dict[str, str], log: Path, seconds: float) -> tuple[str, list[str]]:
     """Run to the end. Gives why that was not reached, or nothing, and the lines that the process wrote to stderr."""
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return f"not finished after {seconds:.3g} s", []
-    told = [line for line in done.stderr.splitlines() if line.strip()]
-    return (f"the process ended with {done.returncode}: {''.join(told[-1:])[:300]}" if done.returncode else ""), told
+    reason = ""
+    with log.open("w") as file:  # a pipe would stay open for as long as workers that compile
+        try:
+            code = subprocess.run(
+                command, env=environment, stdout=subprocess.DEVNULL, stderr=file, timeout=seconds, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code, reason = 0, f"not finished after {seconds:.3g} s"
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    if code:
+        reason = f"the process ended with {code}: {''.join(lines[-1:])[:300]}"
+    return reason, lines
 
 
 def largest_that_fits(measure: Callable[[Case], Measured], case: Case) -> Measured:

@@ -156,10 +156,15 @@ def test_a_process_that_takes_too_long_is_a_row(bench: ModuleType, tmp_path: Pat
 
 
 def test_rows_are_added_to_a_file_of_the_same_columns(bench: ModuleType, tmp_path: Path) -> None:
+    """Lines of known machines and of unknown ones."""
+    import rows
+
     out = tmp_path / "X.csv"
-    for _ in range(2):
-        run(bench, out, "--methods", "adamw", "--minutes", "0")
-    assert len(run(bench, out, "--methods", "adamw", "--minutes", "0")) == 3
+    for machine in (rows.facts(torch.device("cpu")), {}):
+        rows.append_csv(out, row(bench), machine)
+    found = run(bench, out, "--methods", "adamw", "--minutes", "0")
+    assert [bool(machine["device"]) for _, machine in found] == [True, False, False]
+    assert [machine["torch"] for _, machine in found] == [torch.__version__, "", ""]
     out.write_text("size,layers\n")
     with pytest.raises(ValueError, match=r"has other columns .*method"):
         run(bench, out, "--methods", "adamw", "--minutes", "0")
