@@ -18,7 +18,7 @@ _PARTS = {
     "state_bytes": ("optimizer states", "#d9a441"),
     "rest_bytes": ("activations and scratch", "#b0b0b0"),
 }
-_OURS, _OTHER = "#0b5a7a", "#a9a9a9"
+_OURS, _OTHERS = "#0b5a7a", "#a9a9a9"
 
 
 def draw(path: Path) -> list[Path]:
@@ -28,7 +28,8 @@ def draw(path: Path) -> list[Path]:
     if not last:
         return []
     picture = path.with_suffix(".png")
-    _figure(list(last.values()), found[-1][1]["device"]).savefig(picture, dpi=150)
+    device = next((machine["device"] for _, machine in found if machine["device"]), "device unknown")
+    _figure(list(last.values()), device).savefig(picture, dpi=150)
     return [picture]
 
 
@@ -43,7 +44,8 @@ def _figure(rows: Sequence[Row], device: str) -> Figure:
         _draw_speed(speed, here)
         _draw_memory(memory, here)
         for axes in (speed, memory):
-            axes.set_yticks(range(len(here)), [row.method for row in here] if axes is speed else [])
+            axes.set_yticks(range(len(here)), [_label(row) for row in here] if axes is speed else [])
+            axes.margins(x=0.1)
             axes.invert_yaxis()
             axes.grid(axis="x", color="#dddddd", linewidth=0.6)
             axes.set_axisbelow(True)
@@ -54,16 +56,20 @@ def _figure(rows: Sequence[Row], device: str) -> Figure:
     return figure
 
 
+def _label(row: Row) -> str:
+    return f"{row.method} ({row.batch})" if row.fits else row.method
+
+
 def _draw_speed(axes: Axes, rows: Sequence[Row]) -> None:
     rates = [row.tokens_per_s or 0.0 for row in rows]
-    axes.barh(range(len(rows)), rates, 0.7, color=[_OURS if row.method.startswith("poetx") else _OTHER for row in rows])
+    axes.barh(range(len(rows)), rates, 0.7, color=[_OURS if row.method.startswith("poetx") else _OTHERS for row in rows])
     for place, row in enumerate(rows):
         axes.text(rates[place], place, f" {rates[place]:,.0f}", va="center", fontsize=8)
         if row.gap:
             axes.vlines(rates[place] * row.gap, place - 0.35, place + 0.35, colors="black", linestyles=":", linewidth=1.2)
     first = rows[0]
     depth = f", {first.layers} layers" if first.is_cut else ""
-    batch = "largest batch that fits" if first.fits else f"batch {first.batch}"
+    batch = "largest batch that fits (n)" if first.fits else f"batch {first.batch}"
     micro = f", {first.micro} micro-batches" if first.micro > 1 else ""
     axes.set_title(f"{first.size}{depth}, {batch} × {first.seq}{micro}", loc="left", fontsize=11)
     axes.set_xlabel("tokens/s")

@@ -27,6 +27,8 @@ from torch import Tensor
 from train_methods import Spec, Trainer
 from train_rows import Row
 
+from poetx_compile.factor import factors
+
 RARE_TIMES = 3
 
 
@@ -181,7 +183,6 @@ class Run:
             parts["retraction_ms"] = parts.get("retraction_ms", 0.0) + share
         step_ms = timing.median + share
         tokens = case.micro * case.batch * case.seq
-        trained = {id(p): p.numel() for o in self.trainer.optimizers for g in o.param_groups for p in g["params"]}
         rare = self.trainer.rare
         return replace(
             row,
@@ -197,11 +198,17 @@ class Run:
             first_step_s=first_step_s,
             **memory,
             parameters=self.parameters,
-            trained=sum(trained.values()),
+            trained=self.trained(),
             gap=step_ms / row.floor_ms if row.floor_ms else None,
             loss=float(loss),
             note=self.note(rare_ms),
         )
+
+    def trained(self) -> int:
+        """Numbers that optimizers train: of a rotated weight, those of its rotation."""
+        groups = (group for optimizer in self.trainer.optimizers for group in optimizer.param_groups)
+        pairs = [(weight, factors.of_weight(weight)) for group in groups for weight in group["params"]]
+        return sum(weight.numel() if factor is None else factor.q.numel() for weight, factor in pairs)
 
     def parts(self) -> dict[str, float]:
         """Medians of a step's parts in milliseconds, from steps of their own."""

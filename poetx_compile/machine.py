@@ -23,7 +23,7 @@ def facts(device: torch.device | str) -> dict[str, str | None]:
         "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU",
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         **{package: version(package) for package in _PACKAGES},
         "cuda": torch.version.cuda,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,

@@ -101,7 +101,7 @@ def test_measures_each_method_in_a_process_of_its_own(
         assert (row.timed_by, row.steps, row.peak_bytes, row.reason) == ("clock", 2, None, "")
 
     skews = 2 * (4 * 512 + 3 * 768) * 127 // 2  # blocks of 128: 127 / 2 numbers a channel
-    assert (adamw.trained, poetx.trained) == (LINEARS + OUTSIDE, LINEARS + OUTSIDE)
+    assert (adamw.trained, poetx.trained) == (LINEARS + OUTSIDE, skews + OUTSIDE)
     assert 0 < poetx.retraction_ms < poetx.optimizer_ms and adamw.retraction_ms is None
     assert poetx.residual_bytes == LINEARS and adamw.residual_bytes == 0
     assert poetx.weight_bytes == adamw.weight_bytes
@@ -339,6 +339,24 @@ def test_the_table_has_the_last_row_of_each_method(bench: ModuleType, tmp_path: 
     document.write_text("no markers")
     with pytest.raises(ValueError, match="once each"):
         train_table.write_into(document, "table")
+
+
+def test_draws_speed_and_memory(bench: ModuleType, tmp_path: Path) -> None:
+    import rows
+
+    out = tmp_path / "X.csv"
+    parts = {"weight_bytes": 16e9, "residual_bytes": 8e9, "gradient_bytes": 2e9, "state_bytes": 4e9, "rest_bytes": 9e9}
+    measured = {name: int(value) for name, value in parts.items()} | {
+        "peak_bytes": int(39e9),
+        "tokens_per_s": 9e3,
+        "gap": 1.5,
+    }
+    rows.append_csv(out, row(bench, reason="failed"), {})
+    assert bench.plot_train.draw(out) == []
+    rows.append_csv(out, row(bench, step_ms=227.0, **measured), {"device": "X"})
+    rows.append_csv(out, row(bench, method="adamw", fits="max", batch=4, step_ms=500.0, tokens_per_s=8e3), {})
+    assert bench.plot_train.draw(out) == [out.with_suffix(".png")]
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_memory_counts_every_storage_once(bench: ModuleType) -> None:
