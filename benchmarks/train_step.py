@@ -94,26 +94,25 @@ def _run(command: Sequence[str], environment: dict[str, str], log: Path, seconds
 def largest_that_fits(measure: Callable[[Case], Measured], case: Case) -> Measured:
     """The case with the largest power of two as its batch, from ``case.batch`` on, that memory allows.
 
-    Where not even that fits, smaller ones are tried, and the row of a batch of one says that it does not.
+    Where not even that fits, smaller ones are tried, and the row of a batch of one says that it does not. A search that
+    ends for another reason gives the largest batch that was measured, with that reason in its note.
     """
-    best: Measured | None = None
+    row, machine = measure(case)
+    while row.is_out_of_memory and case.batch > 1:
+        case = replace(case, batch=case.batch // 2)
+        row, machine = measure(case)
+        if not row.reason:
+            return replace(row, fits="max"), machine
     for _ in range(MOST_DOUBLINGS):
-        tried = measure(case)
-        if tried[0].is_out_of_memory and best is None and case.batch > 1:
-            smaller = replace(case, batch=case.batch // 2)
-            while (found := measure(smaller))[0].is_out_of_memory and smaller.batch > 1:
-                smaller = replace(smaller, batch=smaller.batch // 2)
-            return _fitting(found)
-        if tried[0].reason:
-            return _fitting(best or tried)
-        best = tried
+        if row.reason:
+            break
         case = replace(case, batch=2 * case.batch)
-    assert best is not None
-    return _fitting(best)
-
-
-def _fitting(measured: Measured) -> Measured:
-    row, machine = measured
+        larger, larger_machine = measure(case)
+        if larger.reason and not larger.is_out_of_memory:
+            row = replace(row, note="; ".join(filter(None, (row.note, f"a batch of {case.batch} failed: {larger.reason}"))))
+        if larger.reason:
+            break
+        row, machine = larger, larger_machine
     return replace(row, fits="max"), machine
 
 

@@ -203,7 +203,13 @@ def test_a_search_ends_at_another_failure(bench: ModuleType) -> None:
     case = bench.Case("tiny", "adamw", 16, 4, 1, device="cpu")
     seen: list[int] = []
     row, _ = bench.largest_that_fits(memory_of(bench, 64, seen, "ValueError: no"), case)
-    assert (row.reason, seen) == ("ValueError: no", [4])
+    assert (row.reason, row.fits, seen) == ("ValueError: no", "max", [4])
+
+    def measure(case: object) -> object:
+        return memory_of(bench, 64, seen, "" if case.batch < 8 else "not finished after 9 s")(case)
+
+    row, _ = bench.largest_that_fits(measure, case)
+    assert (row.batch, row.reason, row.note) == (4, "", "a batch of 8 failed: not finished after 9 s")
 
 
 @pytest.mark.parametrize(
