@@ -31,6 +31,14 @@ PEAKS = {
 """By the name that ``torch.cuda.get_device_name`` gives."""
 
 
+def peaks(device: str, flops: float | None = None, bandwidth: float | None = None) -> Peaks | None:
+    """The peaks of a device by its name, or those given; None where neither is known."""
+    known = PEAKS.get(device)
+    if known is not None:
+        return Peaks(flops or known.flops, bandwidth or known.bandwidth)
+    return Peaks(flops, bandwidth) if flops and bandwidth else None
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A part of the work within which arithmetic and memory traffic can overlap.
@@ -98,6 +106,71 @@ def official_merge(m: int, n: int, block: int) -> list[Kernel]:
         Kernel(_cayley_flops(m, n, block), _WEIGHT * skews(m, n, block)),
         Kernel(4 * m * n * block, 2 * _WEIGHT * m * n),
     ]
+
+
+def frozen(m: int, n: int, tokens: int) -> list[Kernel]:
+    """Forward and backward of a linear layer whose weight has no gradient: ``y`` and ``dx``."""
+    return 2 * [_product(m, n, tokens)]
+
+
+def lora(m: int, n: int, tokens: int, rank: int) -> list[Kernel]:
+    """A frozen layer, and beside it two trained ones: ``[rank, n]`` and ``[m, rank]``."""
+    return [*frozen(m, n, tokens), *linear(rank, n, tokens), *linear(m, rank, tokens)]
+
+
+def attention(channels: int, tokens: int, length: int) -> list[Kernel]:
+    """Forward and backward of causal attention over sequences of ``length``, scores never written to memory.
+
+    Forward two products of which half is masked, backward four; scores that are made again are not counted. Tensors
+    ``[tokens, channels]``: forward reads three and writes one, backward reads five and writes three.
+    """
+    product = tokens * length * channels
+    return [
+        Kernel(2 * product, 4 * _WEIGHT * tokens * channels),
+        Kernel(4 * product, 8 * _WEIGHT * tokens * channels),
+    ]
+
+
+def embedding(rows: int, channels: int, tokens: int, is_trained: bool = True) -> list[Kernel]:
+    """The gather, and the gradient of the whole table: made of zeros, to which ``[tokens, channels]`` is added."""
+    gather = Kernel(0, 2 * _WEIGHT * tokens * channels)
+    return [gather, Kernel(0, _WEIGHT * (tokens + rows) * channels)] if is_trained else [gather]
+
+
+def eight_bit_adamw(parameters: int) -> list[Kernel]:
+    """AdamW with moments of one byte: parameter, gradient and two moments in, all but one out. Scales are not counted."""
+    return [Kernel(0, (3 * _WEIGHT + 4) * parameters)]
+
+
+def adafactor(parameters: int) -> list[Kernel]:
+    """Parameter and gradient in, parameter out; its factored moments are not counted."""
+    return [Kernel(0, 3 * _WEIGHT * parameters)]
+
+
+def muon(m: int, n: int) -> list[Kernel]:
+    """Momentum, then five Newton-Schulz iterations of three products over the smaller side, then the weight."""
+    small, large = sorted((m, n))
+    iteration = 2 * (2 * small * small * large) + 2 * small**3
+    return [Kernel(5 * iteration, 5 * _WEIGHT * m * n)]
+
+
+def low_rank(m: int, n: int, rank: int, is_projected_back: bool) -> list[Kernel]:
+    """A step with moments of the gradient in ``rank`` dimensions of its smaller side: GaLore's, or APOLLO's.
+
+    The gradient is projected, two small moments go in and out, and the weight changes: by what is projected back, or by
+    the gradient itself, scaled. New projections are not counted.
+    """
+    small, large = sorted((m, n))
+    project = Kernel(2 * m * n * rank, _WEIGHT * (m * n + rank * small + rank * large))
+    moments = Kernel(0, 5 * _WEIGHT * rank * large)
+    if is_projected_back:
+        return [project, moments, Kernel(2 * m * n * rank, _WEIGHT * (2 * m * n + rank * small + rank * large))]
+    return [project, moments, Kernel(0, 3 * _WEIGHT * m * n)]
+
+
+def per_step(kernels: Sequence[Kernel], period: int) -> list[Kernel]:
+    """A step's share of work that is done once in ``period`` steps."""
+    return [Kernel(kernel.flops // period, kernel.bytes // period, kernel.share) for kernel in kernels]
 
 
 def _product(m: int, n: int, tokens: int) -> Kernel:

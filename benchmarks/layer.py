@@ -23,11 +23,12 @@ import methods
 import plot_layer
 import torch
 from floors import Kernel, Peaks
-from layer_rows import BASELINES, TRAINING, UPDATE, Row, facts, floor_ratio, write_csv
+from layer_rows import BASELINES, TRAINING, UPDATE, Row, floor_ratio
 from methods import Source
 from official import Official
 from rich.console import Console
 from rich.table import Table
+from rows import facts, write_csv
 from timing import Stopwatch, Timing, Work, one_line, peak_mib, side_by_side, stopwatch
 
 RESULTS = Path(__file__).parent / "results"
@@ -211,13 +212,6 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def _peaks(args: argparse.Namespace, device: str) -> Peaks | None:
-    known = floors.PEAKS.get(device)
-    flops = args.peak_flops or (known and known.flops)
-    bandwidth = args.peak_bandwidth or (known and known.bandwidth)
-    return Peaks(flops, bandwidth) if flops and bandwidth else None
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
@@ -228,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     told: set[str] = set()
     for point, cases in Benchmark(args).points():
         print(point, flush=True)
-        rows += measure(point, cases, args.device, _peaks(args, device))
+        rows += measure(point, cases, args.device, floors.peaks(device, args.peak_flops, args.peak_bandwidth))
         write_csv(out, rows, machine)
         for row in rows[-len(cases) :]:
             if row.reason and row.reason not in told:

@@ -32,7 +32,7 @@ class Official:
         self._package: ModuleType | None = None
         self._refusal = ""
         try:
-            self._package = _import(path)
+            self._package = import_official(path)
         except Exception as error:
             self._refusal = f"the official code in {path} cannot be imported: {one_line(error)}"
 
@@ -98,7 +98,7 @@ class Official:
             self._seconds_left -= time.perf_counter() - start
 
 
-def _import(path: Path) -> ModuleType:
+def import_official(path: Path) -> ModuleType:
     """Import the package, and let each shape of its compiled layer be its own, as in a model whose shapes are fixed."""
     folder = str(path.resolve())
     sys.path.insert(0, folder)

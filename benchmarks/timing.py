@@ -46,6 +46,11 @@ class Timing:
     q20: float
     q80: float
 
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Timing:
+        fifths = quantiles(samples, n=5, method="inclusive")
+        return cls(median(samples), fifths[0], fifths[3])
+
 
 class Stopwatch(Protocol):
     """Work that is warm: a call runs it once, and gives the milliseconds that it took."""
@@ -68,12 +73,7 @@ def side_by_side(stopwatches: Sequence[Stopwatch]) -> list[Timing]:
         for watch, count, taken in zip(stopwatches, counts, samples):
             if turn < count:
                 taken.append(watch())
-    return [_timing(taken) for taken in samples]
-
-
-def _timing(samples: Sequence[float]) -> Timing:
-    fifths = quantiles(samples, n=5, method="inclusive")
-    return Timing(median(samples), fifths[0], fifths[3])
+    return [Timing.of(taken) for taken in samples]
 
 
 class Clock:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import gc
-import importlib.metadata
-import platform
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +15,8 @@ from statistics import median
 from typing import Any
 
 import torch
+
+from poetx_compile.machine import facts
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,5 @@ def peak_memory(device: str) -> int:
 
 def machine(device: str) -> dict[str, Any]:
     """The device and the versions that a result belongs to."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("torch", "triton", "transformers", "poetx-compile"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return {"device": torch.cuda.get_device_name() if device == "cuda" else cpu, "versions": versions}
+    versions = facts(device)
+    return {"device": versions.pop("device"), "versions": versions}

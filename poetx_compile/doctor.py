@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from collections.abc import Callable
 
@@ -12,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from .factor import factors
+from .machine import version
 
 Check = Callable[[], str]
 
@@ -91,12 +91,10 @@ def _torch() -> str:
 
 
 def _triton() -> str:
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        if torch.cuda.is_available():
-            raise RuntimeError("missing, but this machine has a GPU: pip install triton") from None
-        return "not installed (needed on a GPU only)"
+    installed = version("triton")
+    if installed is None and torch.cuda.is_available():
+        raise RuntimeError("missing, but this machine has a GPU: pip install triton")
+    return installed or "not installed (needed on a GPU only)"
 
 
 def _best_device() -> torch.device:

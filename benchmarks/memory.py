@@ -1,0 +1,59 @@
+"""Where the memory of a training step goes, by walking what is kept alive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from poetx_compile.factor import factors
+
+
+def account(module: nn.Module, optimizers: Iterable[Optimizer], device: torch.device) -> dict[str, int]:
+    """Bytes on the device that belong to a model in training, each storage counted once, where it is first met.
+
+    Weights are parameters and buffers. States are those of optimizers, and of rotations: ``q`` and its permutations.
+    """
+    rotations = factors.of_module(module)
+    parts: dict[str, Iterable[Any]] = {
+        "weight_bytes": [*module.parameters(), *module.buffers()],
+        "residual_bytes": [factor.residual for factor in rotations],
+        "gradient_bytes": [parameter.grad for parameter in module.parameters()],
+        "state_bytes": [
+            *(state for optimizer in optimizers for state in optimizer.state.values()),
+            *((factor.q.detach(), factor.row_channels, factor.column_channels) for factor in rotations),
+        ],
+    }
+    seen: set[int] = set()
+    return {name: _bytes(values, device, seen) for name, values in parts.items()}
+
+
+def _bytes(values: Iterable[Any], device: torch.device, seen: set[int]) -> int:
+    total = 0
+    for tensor in _tensors(values):
+        storage = tensor.untyped_storage()
+        if tensor.device.type == device.type and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The plain tensors within: those that tensor subclasses wrap, and those in containers and in objects' attributes."""
+    if isinstance(value, Tensor):
+        if hasattr(value, "__tensor_flatten__"):
+            names, _ = value.__tensor_flatten__()
+            for name in names:
+                yield from _tensors(getattr(value, name))
+        else:
+            yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from _tensors(item)
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        yield from _tensors(list(vars(value).values()))

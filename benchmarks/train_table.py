@@ -1,0 +1,107 @@
+"""Tables of whole training steps in Markdown: ``python benchmarks/train_table.py results/train-step-....csv README.md``.
+
+What stands in the second file between the two markers is written anew, with the columns of ``SHORT``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rows import read_csv
+from train_rows import Row
+
+BEGIN, END = "<!-- train-step: begin -->", "<!-- train-step: end -->"
+
+SHORT = (
+    *("model", "tokens a step", "method", "tokens/s", "step, ms", "optimizer", "of it retraction"),
+    *("peak, GB", "step / floor"),
+)
+_TEXTS = 3
+
+
+def markdown(rows: Sequence[Row], headings: Sequence[str] = ()) -> str:
+    """A table with the last row of each method at each point; what failed says why below it.
+
+    Args:
+        headings: of the columns to show; all where none is given.
+    """
+    points = list(dict.fromkeys(row.point for row in rows))
+    last = {(row.point, row.method, row.compiler, row.caches): row for row in rows}
+    ordered = sorted(last.values(), key=lambda row: points.index(row.point))
+    measured = [_cells(row) for row in ordered if row.step_ms is not None]
+    shown = headings or (list(measured[0]) if measured else SHORT)
+    lines = [_line(shown), f"|{'---|' * _TEXTS}{'---:|' * (len(shown) - _TEXTS)}"]
+    lines += [_line([cells[heading] for heading in shown]) for cells in measured]
+    remarks = [(row, text) for row in ordered for text in (row.reason, row.note) if text]
+    lines += ["", *(f"* {_model(row)}, {_tokens(row)}, {row.method}: {text}" for row, text in remarks)]
+    return "\n".join(lines).rstrip()
+
+
+def write_into(document: Path, table: str) -> None:
+    """Put a table between the markers of a document.
+
+    Raises:
+        ValueError: the document has no such markers, or not once each.
+    """
+    text = document.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{document} must hold {BEGIN} and then {END}, once each")
+    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
+    document.write_text(f"{before}{BEGIN}\n{table}\n{after}")
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cells(row: Row) -> dict[str, str]:
+    """What stands under each heading."""
+    milliseconds = {
+        "step, ms": row.step_ms,
+        "forward": row.forward_ms,
+        "backward": row.backward_ms,
+        "optimizer": row.optimizer_ms,
+        "of it retraction": row.retraction_ms,
+    }
+    sizes = {
+        "peak, GB": row.peak_bytes,
+        "weights": row.weight_bytes,
+        "residuals": row.residual_bytes,
+        "gradients": row.gradient_bytes,
+        "states": row.state_bytes,
+        "the rest": row.rest_bytes,
+    }
+    return {
+        "model": _model(row),
+        "tokens a step": _tokens(row),
+        "method": row.method,
+        "tokens/s": _number(row.tokens_per_s, ",.0f"),
+        **{heading: _number(value, ".1f") for heading, value in milliseconds.items()},
+        **{heading: _number(None if value is None else value / 1e9, ".2f") for heading, value in sizes.items()},
+        "floor, ms": _number(row.floor_ms, ".1f"),
+        "step / floor": _number(row.gap, ".2f"),
+        "first step, s": _number(row.first_step_s, ".0f"),
+    }
+
+
+def _model(row: Row) -> str:
+    return f"{row.size}, {row.layers} layers" if row.is_cut else row.size
+
+
+def _tokens(row: Row) -> str:
+    micro = f"{row.micro} × " if row.micro > 1 else ""
+    return f"{micro}{row.batch} × {row.seq}" + (" (most that fits)" if row.fits else "")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def main(source: str, document: str) -> None:
+    write_into(Path(document), markdown([row for row, _ in read_csv(Path(source), Row)], SHORT))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
