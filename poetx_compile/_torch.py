@@ -62,6 +62,28 @@ def add_input(gm: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
     return node
 
 
+def live_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """The tensors behind a graph's example inputs, which are fake where DistributedDataParallel had the graph cut in pieces."""
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    return [
+        node.meta["grapharg"].example if is_fake(value) and "grapharg" in node.meta else value
+        for node, value in zip(placeholders, inputs)
+    ]
+
+
+def is_fake(value: Any) -> bool:
+    """Whether a tensor has no values: a compiler is looking."""
+    return isinstance(value, torch._subclasses.FakeTensor)
+
+
+def fake_beside(tensors: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor]:
+    """``tensors`` as :func:`add_input` shows them to a compiler, if one of ``inputs`` is fake; else themselves."""
+    fake = next((value for value in inputs if is_fake(value)), None)
+    if fake is None:
+        return list(tensors)
+    return [fake.fake_mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
+
+
 def source_name(placeholder: fx.Node) -> str:
     """Dynamo's expression for where an input comes from, such as ``L['self']._modules['fc']._parameters['weight']``."""
     grapharg = placeholder.meta.get("grapharg")

@@ -64,13 +64,16 @@ def test_every_function_is_pinned_here() -> None:
         "compile_with_inductor",
         "copy_graph",
         "distributed_wrapper",
+        "fake_beside",
         "functorch_nodes",
         "graph_break",
         "gradient_hooks",
         "inductor_modes",
         "inductor_option_names",
         "inductor_option_type",
+        "is_fake",
         "is_tracing",
+        "live_inputs",
         "live_optimizers",
         "map_tensors",
         "on_optimizer_state_loaded",
@@ -506,6 +509,58 @@ def test_what_stands_in_a_slot_while_ddp_is_built_is_what_it_reduces(monkeypatch
     assert id(other) in reduced
     assert id(weight) not in reduced
     assert net.fc.weight is weight
+
+
+@pytest.mark.usefixtures("process_group")
+def test_pieces_of_a_graph_have_fake_inputs_with_live_ones_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
+    pieces: list[dict[str, Tensor]] = []
+    calls: list[bool] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        live = _torch.live_inputs(gm, inputs)
+        assert [value.shape for value in live] == [value.shape for value in inputs]
+        weights = [(value, shown) for value, shown in zip(live, inputs) if isinstance(value, nn.Parameter)]
+        pieces.append({_torch.source_name(node): value for node, value in zip(placeholders(gm), live)})
+        assert all(_torch.is_fake(shown) and not _torch.is_fake(value) for value, shown in weights)
+        (beside,) = _torch.fake_beside([weights[0][0]], inputs)
+        assert _torch.is_fake(beside) and beside.fake_mode is weights[0][1].fake_mode
+        compiled = _torch.compile_with_aot_eager(gm, inputs)
+
+        def run(*args: Any) -> Any:
+            calls.append(_torch.is_fake(args[0]))
+            return compiled(*args)
+
+        return run
+
+    class Nets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Net(), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+    nets = Nets()
+    wrapped = DistributedDataParallel(nets, bucket_cap_mb=1e-5)
+    x = torch.ones(2, 3)
+    result = torch.compile(wrapped, backend=backend)(x)
+    torch.testing.assert_close(result, nets(x))
+    assert len(pieces) == 2
+    assert calls == [True, True, False, False]
+    live = {id(value) for piece in pieces for value in piece.values()}
+    assert {id(parameter) for parameter in nets.parameters()} <= live
+
+
+def test_outside_pieces_inputs_are_live() -> None:
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        assert all(a is b for a, b in zip(_torch.live_inputs(gm, inputs), inputs, strict=True))
+        assert not any(_torch.is_fake(value) for value in inputs)
+        extra = torch.ones(3)
+        assert _torch.fake_beside([extra], inputs)[0] is extra
+        return gm.forward
+
+    torch.compile(Net(), backend=backend)(torch.ones(2, 3))
 
 
 @pytest.mark.usefixtures("process_group")
