@@ -282,6 +282,22 @@ def within_ddp_constructor(context: Callable[[nn.Module, dict[str, Any]], Abstra
     DistributedDataParallel.__init__ = inside  # type: ignore[method-assign]
 
 
+def before_fsdp_constructor(check: Callable[[nn.Module], None]) -> None:
+    """Call ``check(module)`` before FullyShardedDataParallel is built around a module. ``fully_shard`` is no class."""
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    build = FullyShardedDataParallel.__init__
+
+    @functools.wraps(build)
+    def checked(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        check(module)
+        build(self, module, *args, **kwargs)
+
+    FullyShardedDataParallel.__init__ = checked  # type: ignore[method-assign]
+
+
 def after_ddp_join(follow: Callable[[nn.Module, Any, int], None]) -> None:
     """When ranks with unequal inputs leave ``join()`` and one sent its weights: ``follow(module, process_group, its_rank)``."""
     if not torch.distributed.is_available():
@@ -315,7 +331,7 @@ def count_in_ddp_pieces(reduced_bytes: Callable[[Tensor], int | None]) -> None:
         count(self, bucket, node)
         for argument in node.args:
             if isinstance(argument, fx.Node) and argument.op == "placeholder" and "grapharg" in argument.meta:
-                parameter = _live(argument)
+                parameter = argument.meta["grapharg"].example
                 reduced = reduced_bytes(parameter)
                 if reduced is not None:
                     bucket.size += reduced - parameter.untyped_storage().nbytes()

@@ -125,6 +125,18 @@ def follow_join(module: nn.Module, group: Group, source: int) -> None:
         factor.resume(factor.key, epoch, steps, factor.residual)
 
 
+def refuse_shards(module: nn.Module) -> None:
+    """Raises:
+    PoetxError: some weights of ``module``, which is about to be sharded, are converted.
+    """
+    converted = factors.of_module(module)
+    if converted:
+        raise PoetxError(
+            f"poetx: '{converted[0].name}' is converted, and FullyShardedDataParallel would cut it into shards that cannot be "
+            "rotated: use DistributedDataParallel, or call poetx_compile.restore(model) and compile with backend='inductor'"
+        )
+
+
 def _send(factor: OrthogonalFactor, group: Group) -> None:
     """Weight and residual of the group's first rank, to all."""
     residual = factor.residual
@@ -150,3 +162,4 @@ def _reduced_bytes(parameter: Tensor) -> int | None:
 _torch.within_ddp_constructor(skews_in_place)
 _torch.count_in_ddp_pieces(_reduced_bytes)
 _torch.after_ddp_join(follow_join)
+_torch.before_fsdp_constructor(refuse_shards)

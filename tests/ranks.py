@@ -16,6 +16,9 @@ from helpers import OPTIONS, Block, values
 from torch import Tensor, distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import poetx_compile
@@ -247,7 +250,30 @@ def prepared_differently(folder: Path) -> Result:
     }
 
 
+def sharded(folder: Path) -> Result:
+    """Each refusal leaves every weight as it was."""
+    model = prepared()
+    module = DistributedDataParallel(compiled(model))
+    before = values(model)
+    x, target = share(0)
+    F.mse_loss(module(x), target).backward()
+    shared = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.01)
+    messages = {
+        "states": error_of(shared.step),
+        "one by one": error_of(lambda: FullyShardedDataParallel(model, device_id=torch.device("cpu"))),
+    }
+    unchanged = all(torch.equal(ours, then) for ours, then in zip(values(model), before, strict=True))
+    adamw(model).step()
+    moved = [not torch.equal(ours, then) for ours, then in zip(values(model), before, strict=True)]
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for name, shard in (("converted", prepared()), ("ordinary", Block())):
+        fully_shard(shard, mesh=mesh)
+        messages[name] = error_of(partial(compiled(shard), x))
+    return {"messages": messages, "unchanged": unchanged, "moved": moved}
+
+
 SCENARIOS = (
+    sharded,
     compiled_then_wrapped,
     wrapped_then_compiled,
     accumulated,

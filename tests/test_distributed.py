@@ -104,3 +104,15 @@ def test_ranks_that_drew_differently_are_refused_when_wrapped(results: Results, 
     for result in results[world]:
         assert "drew different permutations" in result["prepared_differently"]["message"]
         assert len(result["prepared_differently"]["names"]) == 5
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_shards_of_weights_and_of_states_are_refused(results: Results, world: int) -> None:
+    for result in (rank["sharded"] for rank in results[world]):
+        messages = result["messages"]
+        assert "ZeroRedundancyOptimizer cannot train the rotation of 'layers.0.weight'" in messages["states"]
+        assert "FullyShardedDataParallel would cut it into shards" in messages["one by one"]
+        for name in ("converted", "ordinary"):
+            assert "wrapped in FSDPModule, whose shards cannot be rotated: use DistributedDataParallel" in messages[name]
+        assert result["unchanged"]
+        assert all(result["moved"])

@@ -59,6 +59,7 @@ def test_every_function_is_pinned_here() -> None:
         "active_ddp",
         "after_ddp_join",
         "add_input",
+        "before_fsdp_constructor",
         "bodies",
         "checkpointed",
         "compile_with_aot_eager",
@@ -573,6 +574,19 @@ def test_pieces_count_what_they_are_told(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(DDPOptimizer, "compile_fn", looking)
     torch.compile(DistributedDataParallel(net), backend="eager")(torch.ones(2, 3))
     assert sizes == [1000 + 4 * 4]
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_module_is_seen_before_fsdp_shards_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    def check(module: nn.Module) -> None:
+        raise ValueError(type(module).__name__)
+
+    monkeypatch.setattr(FullyShardedDataParallel, "__init__", FullyShardedDataParallel.__init__)
+    _torch.before_fsdp_constructor(check)
+    with pytest.raises(ValueError, match="Net"):
+        FullyShardedDataParallel(Net(), device_id=torch.device("cpu"))
 
 
 @pytest.mark.usefixtures("process_group")
