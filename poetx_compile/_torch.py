@@ -66,12 +66,9 @@ def live_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
     """The tensors behind a graph's example inputs, which are fake where DistributedDataParallel had the graph cut in pieces."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     return [
-        _live(node) if is_fake(value) and "grapharg" in node.meta else value for node, value in zip(placeholders, inputs)
+        node.meta["grapharg"].example if is_fake(value) and "grapharg" in node.meta else value
+        for node, value in zip(placeholders, inputs)
     ]
-
-
-def _live(placeholder: fx.Node) -> Any:
-    return placeholder.meta["grapharg"].example
 
 
 def is_fake(value: Any) -> bool:
