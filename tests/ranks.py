@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 
 import poetx_compile
 from poetx_compile.backend import poetx
@@ -28,6 +29,9 @@ from poetx_compile.factor import factors
 GLOBAL_BATCH, STEPS, SAVED_AT = 8, 4, 2
 SKEWS_OF_A_LAYER = 8 * 3 * 120
 """Bytes: three blocks of 16 channels, in float64. The layers' weights take 5120 bytes and more."""
+
+NOTED = ("CompiledFunctionBackward", "c10d::allreduce_")
+"""What the profiler calls the backward pass of a compiled graph, and a reduction."""
 
 Result = dict[str, Any]
 
@@ -103,6 +107,7 @@ def accumulate(module: DistributedDataParallel, optimizer: torch.optim.Optimizer
 def in_pieces(folder: Path) -> Result:
     """Dynamo cuts the graph where a bucket is full: at one byte each layer is a piece."""
     pieces: list[int] = []
+    early: list[int] = []
 
     def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         pieces[-1] += 1
@@ -112,10 +117,23 @@ def in_pieces(folder: Path) -> Result:
         torch._dynamo.reset()
         pieces.append(0)
         model = prepared()
-        module = DistributedDataParallel(torch.compile(model, backend=backend), bucket_cap_mb=cap / 2**20)
+        module, optimizer = (
+            DistributedDataParallel(torch.compile(model, backend=backend), bucket_cap_mb=cap / 2**20),
+            adamw(model),
+        )
         with mock.patch.object(distributed, "_DEFAULT_FIRST_BUCKET_BYTES", cap):
-            train(module, adamw(model), range(STEPS))
-    return {"values": values(model), "pieces": pieces}
+            train(module, optimizer, range(STEPS - 1))
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            train(module, optimizer, range(STEPS - 1, STEPS))
+        early.append(reduced_before_the_last_piece(profiler))
+    return {"values": values(model), "pieces": pieces, "early": early}
+
+
+def reduced_before_the_last_piece(profiler: profile) -> int:
+    """How many reductions started before the backward pass of the piece that comes last."""
+    began = {name: [event.time_range.start for event in profiler.events() if event.name == name] for name in NOTED}
+    backward, reductions = began.values()
+    return sum(start < max(backward) for start in reductions)
 
 
 def dense(folder: Path) -> Result:

@@ -83,6 +83,9 @@ def test_only_skew_parameters_and_ordinary_ones_are_reduced(results: Results) ->
 def test_a_graph_is_cut_where_a_bucket_of_what_is_reduced_is_full(results: Results) -> None:
     for result in results[2]:
         assert result["in_pieces"]["pieces"] == [1, 3]
+        whole, cut = result["in_pieces"]["early"]
+        assert whole == 0
+        assert cut >= 2
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])
