@@ -59,12 +59,12 @@ class Training:
 
     def _wrapped(self) -> nn.Module:
         case = self._case
-        settings: dict[str, Any] = {"backend": case.inner}
+        settings: dict[str, Any] = {"backend": case.inner, "dynamic": False}
         if case.method == "poetx":
-            settings = {"backend": "poetx", "options": {"block_size": case.block, "inner": case.inner}}
+            settings |= {"backend": "poetx", "options": {"block_size": case.block, "inner": case.inner}}
             if case.ranks > 1:
-                batch = {"input_ids": self._ids, "labels": self._ids, "use_cache": False}
-                poetx_compile.prepare(self.model, **batch, options=settings["options"])
+                one = self._ids[:1]  # prepare runs the model without a compiler, which takes more memory than a step
+                poetx_compile.prepare(self.model, input_ids=one, labels=one, use_cache=False, options=settings["options"])
         if case.method == "fsdp2" and case.ranks > 1:
             from torch.distributed.fsdp import fully_shard
 
@@ -93,6 +93,7 @@ class Training:
             layers = sum(p.numel() * p.element_size() for p in self.model.model.layers.parameters())
             total = 2 * once + layers  # layers are gathered twice, gradients scattered once, each in the weights' dtype
             return total, total * (ranks - 1) // ranks, "arithmetic"
+        self.module = self.model  # let the first wrapper's buckets go
         self.module = self._data_parallel()
         sent = count_buckets(self.module, bf16_compress_hook if self._case.compress == "bf16" else allreduce_hook)
         self.step()
@@ -165,8 +166,11 @@ def _union(intervals: Iterable[Interval]) -> list[Interval]:
     return merged
 
 
-def _communication(step: Callable[[], None]) -> tuple[float, float]:
-    """Milliseconds of NCCL kernels in one step, waiting for the other rank among them; and with no other kernel beside."""
+def _communication(step: Callable[[], None]) -> tuple[float | None, float | None]:
+    """Milliseconds of NCCL kernels in one step, waiting for the other rank among them; and with no other kernel beside.
+
+    None where the profiler may not see kernels.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
@@ -175,6 +179,8 @@ def _communication(step: Callable[[], None]) -> tuple[float, float]:
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     kernels = [event for event in events if event.get("cat") == "kernel"]
+    if not kernels:
+        return None, None
     ours, others = [], []
     for event in kernels:
         (ours if event["name"].startswith("nccl") else others).append((event["ts"], event["ts"] + event["dur"]))

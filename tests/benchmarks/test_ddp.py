@@ -129,3 +129,13 @@ def test_time_of_communication_alone(
     rank: ModuleType, ours: list[tuple[int, int]], others: list[tuple[int, int]], lengths: tuple[int, int]
 ) -> None:
     assert rank.intervals_alone(ours, others) == lengths
+
+
+@pytest.mark.gpu
+def test_measures_memory_and_communication_on_gpus(ddp: ModuleType, tmp_path: Path) -> None:
+    ranks, out = min(2, torch.cuda.device_count()), tmp_path / "X.csv"
+    ddp.main([*SMALL, "--device", "cuda", "--ranks", str(ranks), "--out", str(out)])
+    for row in read(out):
+        assert float(row["peak_mib"]) > 0
+        if ranks > 1:
+            assert float(row["communication_ms"]) >= float(row["exposed_ms"]) > 0
