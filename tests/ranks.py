@@ -146,11 +146,19 @@ def dense(folder: Path) -> Result:
 
 
 def static(folder: Path) -> Result:
-    """A layer that no rank uses is found on the dense route too, where the graph is said to stay."""
-    model = prepared(route="dense")
+    """Where the graph is said to stay, a layer that no rank uses is found on the dense route too."""
+    return with_an_unused_layer("dense", static_graph=True)
+
+
+def searched(folder: Path) -> Result:
+    return with_an_unused_layer("gram", find_unused_parameters=True)
+
+
+def with_an_unused_layer(route: str, **settings: bool) -> Result:
+    model = prepared(route=route)
     model.unused = nn.Linear(3, 3, dtype=torch.float64)
-    module = torch.compile(model, backend="poetx", options=OPTIONS | {"route": "dense"})
-    train(DistributedDataParallel(module, static_graph=True), adamw(model), range(STEPS))
+    module = torch.compile(model, backend="poetx", options=OPTIONS | {"route": route})
+    train(DistributedDataParallel(module, gradient_as_bucket_view=True, **settings), adamw(model), range(STEPS))
     del model.unused
     return {"values": values(model)}
 
@@ -298,6 +306,7 @@ SCENARIOS = (
     in_pieces,
     dense,
     static,
+    searched,
     compressed_to_float16,
     compressed_to_bfloat16,
     low_rank,

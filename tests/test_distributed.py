@@ -10,7 +10,7 @@ from ranks import Result
 WORLDS = (1, 2, 4)
 TRAINED = (
     *("compiled_then_wrapped", "wrapped_then_compiled", "accumulated", "in_pieces", "dense", "static"),
-    *("low_rank", "resumed_from_one"),
+    *("searched", "low_rank", "resumed_from_one"),
 )
 LOSSY = ("compressed_to_float16", "compressed_to_bfloat16")
 Results = dict[int, list[dict[str, Result]]]
