@@ -62,6 +62,28 @@ def add_input(gm: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
     return node
 
 
+def live_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """The tensors behind a graph's example inputs, which are fake where DistributedDataParallel had the graph cut in pieces."""
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    return [
+        node.meta["grapharg"].example if is_fake(value) and "grapharg" in node.meta else value
+        for node, value in zip(placeholders, inputs)
+    ]
+
+
+def is_fake(value: Any) -> bool:
+    """Whether a tensor has no values: a compiler is looking."""
+    return isinstance(value, torch._subclasses.FakeTensor)
+
+
+def fake_beside(tensors: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor]:
+    """``tensors`` as :func:`add_input` shows them to a compiler, if one of ``inputs`` is fake; else themselves."""
+    fake = next((value for value in inputs if is_fake(value)), None)
+    if fake is None:
+        return list(tensors)
+    return [fake.fake_mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
+
+
 def source_name(placeholder: fx.Node) -> str:
     """Dynamo's expression for where an input comes from, such as ``L['self']._modules['fc']._parameters['weight']``."""
     grapharg = placeholder.meta.get("grapharg")
@@ -240,8 +262,8 @@ def distributed_wrapper(weights: Iterable[Tensor]) -> str | None:
     return None
 
 
-def within_ddp_constructor(context: Callable[[nn.Module, Any], AbstractContextManager[None]]) -> None:
-    """Build every DistributedDataParallel inside ``context(module, process_group)``."""
+def within_ddp_constructor(context: Callable[[nn.Module, dict[str, Any]], AbstractContextManager[None]]) -> None:
+    """Build every DistributedDataParallel inside ``context(module, arguments)``, by the names of its constructor."""
     if not torch.distributed.is_available():
         return
     from torch.nn.parallel import DistributedDataParallel
@@ -251,10 +273,67 @@ def within_ddp_constructor(context: Callable[[nn.Module, Any], AbstractContextMa
     @functools.wraps(build)
     def inside(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(build).bind(self, module, *args, **kwargs)
-        with context(module, given.arguments.get("process_group")):
+        with context(module, dict(given.arguments)):
             build(self, module, *args, **kwargs)
 
     DistributedDataParallel.__init__ = inside  # type: ignore[method-assign]
+
+
+def before_fsdp_constructor(check: Callable[[nn.Module], None]) -> None:
+    """Call ``check(module)`` before FullyShardedDataParallel is built around a module. ``fully_shard`` is no class."""
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    build = FullyShardedDataParallel.__init__
+
+    @functools.wraps(build)
+    def checked(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        check(module)
+        build(self, module, *args, **kwargs)
+
+    FullyShardedDataParallel.__init__ = checked  # type: ignore[method-assign]
+
+
+def after_ddp_join(follow: Callable[[nn.Module, Any, int], None]) -> None:
+    """When ranks with unequal inputs leave ``join()`` and one sent its weights: ``follow(module, process_group, its_rank)``."""
+    if not torch.distributed.is_available():
+        return
+    from torch.nn.parallel import DistributedDataParallel
+
+    send = DistributedDataParallel._sync_final_model
+
+    @functools.wraps(send)
+    def sending(self: Any, is_last_joiner: bool) -> None:
+        send(self, is_last_joiner)
+        follow(self.module, self.process_group, self._authoritative_rank)
+
+    DistributedDataParallel._sync_final_model = sending  # type: ignore[method-assign]
+
+
+def count_in_ddp_pieces(reduced_bytes: Callable[[Tensor], int | None]) -> None:
+    """Where Dynamo cuts the graph of a DistributedDataParallel model by buckets, let it count what is really reduced.
+
+    Args:
+        reduced_bytes: what a parameter takes in a bucket; None for its own bytes.
+    """
+    if not torch.distributed.is_available():
+        return
+    from torch._dynamo.backends.distributed import Bucket, DDPOptimizer
+
+    count = DDPOptimizer.add_param_args
+
+    @functools.wraps(count)
+    def counting(self: DDPOptimizer, bucket: Bucket, node: fx.Node) -> None:
+        count(self, bucket, node)
+        for argument in node.args:
+            if isinstance(argument, fx.Node) and argument.op == "placeholder" and "grapharg" in argument.meta:
+                parameter = argument.meta["grapharg"].example
+                reduced = reduced_bytes(parameter)
+                if reduced is not None:
+                    bucket.size += reduced - parameter.untyped_storage().nbytes()
+
+    DDPOptimizer.add_param_args = counting  # type: ignore[method-assign]
 
 
 def active_ddp() -> bool:

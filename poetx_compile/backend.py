@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from . import conversion, optimizer
-from ._torch import compile_with_aot_eager, compile_with_inductor, copy_graph
+from ._torch import compile_with_aot_eager, compile_with_inductor, copy_graph, fake_beside, is_fake, live_inputs
 from .config import PoetxConfig, split_options
 from .factor import OrthogonalFactor, factors
 from .passes import LinearMatch, choose_route, match, normalize, rewrite
@@ -43,13 +43,14 @@ def poetx(
     config, patches = split_options(options, mode)
     if not torch.is_grad_enabled():
         return _compile(gm, example_inputs, config, patches)
-    edited, converted = convert(gm, example_inputs, config)
+    edited, converted = convert(gm, live_inputs(gm, example_inputs), config)
     if not converted:
         return _compile(gm, example_inputs, config, patches)
     extra = rewrite(edited, [(found, factor) for found, factor in converted if factor.route == "gram"])
-    compiled = _compile(edited, [*example_inputs, *extra], config, patches)
+    shown = fake_beside(extra, example_inputs)
+    compiled = _compile(edited, [*example_inputs, *shown], config, patches)
     slots = [Slot(found.index, found.name, found.matrices, factor.route == "gram") for found, factor in converted]
-    return Runtime(compiled, slots, config)
+    return Runtime(compiled, slots, config, [tensor for tensor in shown if is_fake(tensor)])
 
 
 def convert(
@@ -101,12 +102,18 @@ class Slot:
 class Runtime:
     """A compiled graph that looks its factors up by the live weights, at every call: one graph serves many layers."""
 
-    def __init__(self, compiled: Compiled, slots: list[Slot], config: PoetxConfig) -> None:
+    def __init__(self, compiled: Compiled, slots: list[Slot], config: PoetxConfig, shown: list[Tensor]) -> None:
+        """Args:
+        shown: what stands for the factors' inputs where all arguments are fake.
+        """
         self._compiled = compiled
         self._slots = slots
         self._config = config
+        self._shown = shown
 
     def __call__(self, *args: Any) -> Any:
+        if is_fake(args[self._slots[0].index]):  # a piece of a graph: the next one is compiled for what comes out
+            return self._compiled(*args, *self._shown)
         optimizer.settle()
         extra: list[Tensor] = []
         late = False

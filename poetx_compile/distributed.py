@@ -7,8 +7,9 @@ same optimizer and the same permutations fold the same bits on every rank.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, distributed, nn
@@ -17,15 +18,18 @@ from . import _torch
 from .errors import PoetxError
 from .factor import OrthogonalFactor, factors
 
+Group: TypeAlias = "distributed.ProcessGroup | None"
+
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextmanager
-def skews_in_place(module: nn.Module, group: distributed.ProcessGroup | None) -> Iterator[None]:
+def skews_in_place(module: nn.Module, arguments: Mapping[str, Any]) -> Iterator[None]:
     """Give a wrapper that is being built around ``module`` every ``q`` in the place of its weight.
 
     Raises:
-        PoetxError: the ranks have converted different weights, or drew different permutations.
+        PoetxError: the ranks have converted different weights, or drew different permutations; or the wrapper looks for
+            unused parameters, and would take those on the dense route for such.
     """
     slots = [
         (owner, name, weight, factor)
@@ -35,8 +39,11 @@ def skews_in_place(module: nn.Module, group: distributed.ProcessGroup | None) ->
     ]
     converted = list(dict.fromkeys(factor for *_, factor in slots))
     if converted:
+        group: Group = arguments.get("process_group")
         _agree(converted, group)
+        _refuse_search(converted, arguments)
         for factor in converted:
+            factor.follow_weight()
             _send(factor, group)
     for owner, name, _, factor in slots:
         owner._parameters[name] = factor.q
@@ -49,7 +56,7 @@ def skews_in_place(module: nn.Module, group: distributed.ProcessGroup | None) ->
         factor.is_reduced = True
 
 
-def check_ranks(model: nn.Module, *, repair: bool = False, group: distributed.ProcessGroup | None = None) -> None:
+def check_ranks(model: nn.Module, *, repair: bool = False, group: Group = None) -> None:
     """Compare the converted weights of all ranks by a checksum; every rank must call it.
 
     Args:
@@ -80,7 +87,7 @@ def check_ranks(model: nn.Module, *, repair: bool = False, group: distributed.Pr
             _send(factor, group)
 
 
-def _agree(converted: list[OrthogonalFactor], group: distributed.ProcessGroup | None) -> None:
+def _agree(converted: list[OrthogonalFactor], group: Group) -> None:
     drawn = [(factor.name, factor.key, factor.epoch, factor.stack) for factor in converted]
     digest = hashlib.sha256(repr(drawn).encode()).hexdigest()
     digests: list[str | None] = [None] * distributed.get_world_size(group)
@@ -92,7 +99,45 @@ def _agree(converted: list[OrthogonalFactor], group: distributed.ProcessGroup | 
         )
 
 
-def _send(factor: OrthogonalFactor, group: distributed.ProcessGroup | None) -> None:
+def _refuse_search(converted: list[OrthogonalFactor], arguments: Mapping[str, Any]) -> None:
+    dense = next((factor.name for factor in converted if factor.route == "dense"), None)
+    if dense is not None and arguments.get("find_unused_parameters") and not arguments.get("static_graph"):
+        raise PoetxError(
+            f"poetx: DistributedDataParallel(find_unused_parameters=True) takes '{dense}' for unused, since its gradient is made "
+            "from that of the whole weight; build it with static_graph=True instead, which finds unused parameters too"
+        )
+
+
+def follow_join(module: nn.Module, group: Group, source: int) -> None:
+    """Let the ranks that ran out of inputs early go on as the one whose weights they just received.
+
+    Args:
+        source: its rank in the group.
+    """
+    converted = factors.of_module(module)
+    if not converted:
+        return
+    counts = torch.tensor([(factor.epoch, factor.steps) for factor in converted], device=converted[0].q.device)
+    distributed.broadcast(counts, group=group, group_src=source)
+    for factor, (epoch, steps) in zip(converted, counts.tolist()):
+        if factor.residual is not None:
+            distributed.broadcast(factor.residual, group=group, group_src=source)
+        factor.resume(factor.key, epoch, steps, factor.residual)
+
+
+def refuse_shards(module: nn.Module) -> None:
+    """Raises:
+    PoetxError: some weights of ``module``, which is about to be sharded, are converted.
+    """
+    converted = factors.of_module(module)
+    if converted:
+        raise PoetxError(
+            f"poetx: '{converted[0].name}' is converted, and FullyShardedDataParallel would cut it into shards that cannot be "
+            "rotated: use DistributedDataParallel, or call poetx_compile.restore(model) and compile with backend='inductor'"
+        )
+
+
+def _send(factor: OrthogonalFactor, group: Group) -> None:
     """Weight and residual of the group's first rank, to all."""
     residual = factor.residual
     for tensor in (factor.weight.data, *(() if residual is None else (residual,))):
@@ -109,4 +154,12 @@ def _checksum(factor: OrthogonalFactor) -> Tensor:
     return total
 
 
+def _reduced_bytes(parameter: Tensor) -> int | None:
+    factor = factors.of_weight(parameter)
+    return None if factor is None else factor.q.nbytes
+
+
 _torch.within_ddp_constructor(skews_in_place)
+_torch.count_in_ddp_pieces(_reduced_bytes)
+_torch.after_ddp_join(follow_join)
+_torch.before_fsdp_constructor(refuse_shards)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import Tensor, nn
 
 from . import coverage
@@ -69,4 +70,8 @@ def _project(weight: Tensor) -> None:
         return
     set_own_grad(weight, None)
     packed = factor.project(grad)
-    factor.q.grad = packed if factor.q.grad is None else factor.q.grad.add_(packed)
+    if factor.is_reduced:  # through autograd, whose hooks on ``q`` are what DistributedDataParallel waits for
+        with torch.enable_grad():
+            torch.autograd.backward(factor.q.view_as(factor.q), packed)
+    else:
+        factor.q.grad = packed if factor.q.grad is None else factor.q.grad.add_(packed)

@@ -30,6 +30,7 @@ _REFUSED = {
     "LBFGS": "it evaluates the model at trial points within one step",
     "SparseAdam": "it takes sparse gradients only",
     "Muon": "it orthogonalises matrices, and a rotation is trained as a packed vector",
+    "ZeroRedundancyOptimizer": "it would send the whole weight to all ranks at every step",
 }
 
 

@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
 from helpers import OPTIONS, Block, values
 from torch import Tensor, distributed, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 
 import poetx_compile
+from poetx_compile.backend import poetx
 from poetx_compile.factor import factors
 
 GLOBAL_BATCH, STEPS, SAVED_AT = 8, 4, 2
+SKEWS_OF_A_LAYER = 8 * 3 * 120
+"""Bytes: three blocks of 16 channels, in float64. The layers' weights take 5120 bytes and more."""
+
+NOTED = ("CompiledFunctionBackward", "c10d::allreduce_")
+"""What the profiler calls the backward pass of a compiled graph, and a reduction."""
 
 Result = dict[str, Any]
 
 
-def share(step: int) -> tuple[Tensor, Tensor]:
-    """This rank's part of a global batch."""
+def share(step: int, rank: int | None = None) -> tuple[Tensor, Tensor]:
+    """This or another rank's part of a global batch."""
     generator = torch.Generator().manual_seed(step)
     batch = (torch.randn(GLOBAL_BATCH, size, generator=generator, dtype=torch.float64) for size in (22, 20))
-    rank, world = distributed.get_rank(), distributed.get_world_size()
-    x, target = (tensor.chunk(world)[rank] for tensor in batch)
+    rank = distributed.get_rank() if rank is None else rank
+    x, target = (tensor.chunk(distributed.get_world_size())[rank] for tensor in batch)
     return x, target
 
 
@@ -76,35 +88,153 @@ def wrapped_then_compiled(folder: Path) -> Result:
 
 
 def accumulated(folder: Path) -> Result:
-    """Two micro-batches a step; only the second is reduced."""
     model = prepared()
-    module, optimizer = DistributedDataParallel(compiled(model)), adamw(model)
-    for step in range(STEPS):
-        x, target = share(step)
-        with module.no_sync():
-            (0.5 * F.mse_loss(module(x), target)).backward()
-        (0.5 * F.mse_loss(module(x), target)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    accumulate(DistributedDataParallel(compiled(model)), adamw(model))
     return {"values": values(model)}
 
 
-def compressed(folder: Path) -> Result:
-    model = prepared()
+def accumulate(module: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> None:
+    """Two micro-batches a step; only the second is reduced."""
+    for step in range(STEPS):
+        x, target = share(step)
+        with module.no_sync():
+            (0.25 * F.mse_loss(module(x), target)).backward()
+        (0.75 * F.mse_loss(module(x), target)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def in_pieces(folder: Path) -> Result:
+    """Dynamo cuts the graph where a bucket is full: at one byte each layer is a piece."""
+    pieces: list[int] = []
+    early: list[int] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        pieces[-1] += 1
+        return poetx(gm, inputs, options=OPTIONS)
+
+    for cap in (SKEWS_OF_A_LAYER + 500, 1):
+        torch._dynamo.reset()
+        pieces.append(0)
+        model = prepared()
+        module, optimizer = (
+            DistributedDataParallel(torch.compile(model, backend=backend), bucket_cap_mb=cap / 2**20),
+            adamw(model),
+        )
+        with mock.patch.object(distributed, "_DEFAULT_FIRST_BUCKET_BYTES", cap):
+            train(module, optimizer, range(STEPS - 1))
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            train(module, optimizer, range(STEPS - 1, STEPS))
+        early.append(reduced_before_the_last_piece(profiler))
+    return {"values": values(model), "pieces": pieces, "early": early}
+
+
+def reduced_before_the_last_piece(profiler: profile) -> int:
+    """How many reductions started before the backward pass of the piece that comes last."""
+    began = {name: [event.time_range.start for event in profiler.events() if event.name == name] for name in NOTED}
+    backward, reductions = began.values()
+    return sum(start < max(backward) for start in reductions)
+
+
+def dense(folder: Path) -> Result:
+    """Gradients of whole weights are made, projected, and handed to the reducer; only each second one is reduced."""
+    model = prepared(route="dense")
+    searching = error_of(lambda: DistributedDataParallel(model, find_unused_parameters=True))
+    module = DistributedDataParallel(torch.compile(model, backend="poetx", options=OPTIONS | {"route": "dense"}))
+    accumulate(module, adamw(model))
+    return {"values": values(model), "searching": searching}
+
+
+def static(folder: Path) -> Result:
+    """Where the graph is said to stay, a layer that no rank uses is found on the dense route too."""
+    return with_an_unused_layer("dense", static_graph=True)
+
+
+def searched(folder: Path) -> Result:
+    return with_an_unused_layer("gram", find_unused_parameters=True)
+
+
+def with_an_unused_layer(route: str, **settings: bool) -> Result:
+    model = prepared(route=route)
+    model.unused = nn.Linear(3, 3, dtype=torch.float64)
+    module = torch.compile(model, backend="poetx", options=OPTIONS | {"route": route})
+    train(DistributedDataParallel(module, gradient_as_bucket_view=True, **settings), adamw(model), range(STEPS))
+    del model.unused
+    return {"values": values(model)}
+
+
+def hooked(hook: Callable[..., Any], state: object = None, **options: Any) -> Result:
+    model = prepared(**options)
     module = DistributedDataParallel(compiled(model), gradient_as_bucket_view=True)
-    module.register_comm_hook(None, fp16_compress_hook)
+    module.register_comm_hook(state, hook)
     train(module, adamw(model), range(STEPS))
     return {"values": values(model)}
 
 
+def compressed_to_float16(folder: Path) -> Result:
+    return hooked(fp16_compress_hook)
+
+
+def compressed_to_bfloat16(folder: Path) -> Result:
+    """torch refuses its hook, by name, where there is no NCCL."""
+
+    def hook(state, bucket):  # torch compares annotations with types, and these would be strings
+        return bf16_compress_hook(state, bucket)
+
+    return hooked(hook)
+
+
+def low_rank(folder: Path) -> Result:
+    """PowerSGD approximates matrices, and sends vectors, as ``q`` is one, as they are: here nothing is lost."""
+    return hooked(powerSGD_hook, PowerSGDState(None, start_powerSGD_iter=2))
+
+
 def uneven(folder: Path) -> Result:
-    """Rank 0 has one batch more than the others."""
+    """Rank 0 has a batch more than the others, at which permutations are drawn anew; then all go on."""
+    model = prepared(permutation_period=STEPS + 1)
+    model.to(torch.bfloat16)  # the wrapper must find ``q`` where its weight went
+    module = torch.compile(model, backend="poetx", options=OPTIONS | {"permutation_period": STEPS + 1})
+    module = DistributedDataParallel(module)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(number: int) -> None:
+        x, target = (tensor.to(torch.bfloat16) for tensor in share(number))
+        F.mse_loss(module(x), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    before = values(model)
+    with module.join():
+        for number in range(STEPS + (distributed.get_rank() == 0)):
+            step(number)
+    poetx_compile.check_ranks(model)
+    joined = values(model)
+    step(STEPS + 1)
+    step(STEPS + 2)
+    poetx_compile.check_ranks(model)
+    counts = [(factor.epoch, factor.steps) for factor in factors.of_module(model)]
+    moved = [bool((a != b).any()) for a, b in zip(before, joined)]
+    return {"values": values(model), "joined": joined, "counts": counts, "moved": moved}
+
+
+def uneven_alone(folder: Path) -> Result:
+    """What rank 0 reaches, whose last batch counts as its share of a global one, beside the same without a wrapper."""
+    world = distributed.get_world_size()
     model = prepared()
-    module, optimizer = DistributedDataParallel(compiled(model)), adamw(model)
+    module, optimizer = DistributedDataParallel(compiled(model)), torch.optim.SGD(model.parameters(), lr=0.1)
+    reference = Block()
+    reference.load_state_dict(model.state_dict())
     with module.join():
         train(module, optimizer, range(STEPS + (distributed.get_rank() == 0)))
-    distributed.barrier()
-    return {}
+    plain = compiled(reference)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for step in range(STEPS + 1):
+        for rank in range(world if step < STEPS else 1):
+            x, target = share(step, rank)
+            (F.mse_loss(plain(x), target) / world).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"values": values(model), "expected": values(reference)}
 
 
 def resumed_from_one(folder: Path) -> Result:
@@ -146,12 +276,42 @@ def prepared_differently(folder: Path) -> Result:
     }
 
 
+def sharded(folder: Path) -> Result:
+    """Each refusal leaves every weight as it was."""
+    model = prepared()
+    module = DistributedDataParallel(compiled(model))
+    before = values(model)
+    x, target = share(0)
+    F.mse_loss(module(x), target).backward()
+    shared = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.01)
+    messages = {
+        "states": error_of(shared.step),
+        "one by one": error_of(lambda: FullyShardedDataParallel(model, device_id=torch.device("cpu"))),
+    }
+    unchanged = all(torch.equal(ours, then) for ours, then in zip(values(model), before, strict=True))
+    adamw(model).step()
+    moved = [not torch.equal(ours, then) for ours, then in zip(values(model), before, strict=True)]
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for name, shard in (("converted", prepared()), ("ordinary", Block())):
+        fully_shard(shard, mesh=mesh)
+        messages[name] = error_of(partial(compiled(shard), x))
+    return {"messages": messages, "unchanged": unchanged, "moved": moved}
+
+
 SCENARIOS = (
+    sharded,
     compiled_then_wrapped,
     wrapped_then_compiled,
     accumulated,
-    compressed,
+    in_pieces,
+    dense,
+    static,
+    searched,
+    compressed_to_float16,
+    compressed_to_bfloat16,
+    low_rank,
     uneven,
+    uneven_alone,
     resumed_from_one,
     checked,
     wrapped_unprepared,

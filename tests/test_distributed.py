@@ -8,7 +8,11 @@ import torch
 from ranks import Result
 
 WORLDS = (1, 2, 4)
-TRAINED = ("compiled_then_wrapped", "wrapped_then_compiled", "accumulated", "resumed_from_one")
+TRAINED = (
+    *("compiled_then_wrapped", "wrapped_then_compiled", "accumulated", "in_pieces", "dense", "static"),
+    *("searched", "low_rank", "resumed_from_one"),
+)
+LOSSY = ("compressed_to_float16", "compressed_to_bfloat16")
 Results = dict[int, list[dict[str, Result]]]
 
 
@@ -27,7 +31,7 @@ def test_many_ranks_train_as_one(results: Results, scenario: str, world: int) ->
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("scenario", (*TRAINED, "compressed", "checked"))
+@pytest.mark.parametrize("scenario", (*TRAINED, *LOSSY, "uneven", "uneven_alone", "checked"))
 def test_ranks_stay_bitwise_equal(results: Results, scenario: str, world: int) -> None:
     first, *others = (result[scenario]["values"] for result in results[world])
     for other in others:
@@ -35,10 +39,53 @@ def test_ranks_stay_bitwise_equal(results: Results, scenario: str, world: int) -
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(("scenario", "error"), [("compressed_to_float16", 2e-3), ("compressed_to_bfloat16", 1e-2)])
+def test_compressed_gradients_train_almost_alike(results: Results, scenario: str, error: float, world: int) -> None:
+    alone = results[1][0]["compiled_then_wrapped"]["values"]
+    distances = [
+        float((ours - expected).norm() / expected.norm())
+        for ours, expected in zip(results[world][0][scenario]["values"], alone, strict=True)
+    ]
+    assert 1e-9 < max(distances) < error
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_ranks_that_ran_out_of_inputs_go_on_with_the_others(results: Results, world: int) -> None:
+    first, *others = (result["uneven"] for result in results[world])
+    assert all(first["moved"])
+    assert first["counts"] == [(1, 7), (1, 7)]
+    for other in others:
+        assert other["counts"] == first["counts"]
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(first["joined"], other["joined"], strict=True))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_uneven_inputs_train_as_their_shares_of_one_batch(results: Results, world: int) -> None:
+    for result in results[world]:
+        for ours, expected in zip(result["uneven_alone"]["values"], result["uneven_alone"]["expected"], strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_search_for_unused_parameters_is_refused_on_the_dense_route(results: Results, world: int) -> None:
+    for result in results[world]:
+        assert "takes 'layers.0.weight' for unused" in result["dense"]["searching"]
+        assert "static_graph=True" in result["dense"]["searching"]
+
+
 def test_only_skew_parameters_and_ordinary_ones_are_reduced(results: Results) -> None:
     skews = 2 * 120 + 120 + 2 * 120 + 120  # blocks of 16: 32 x 22 channels, then 20 x 32
     ordinary = 32 + 20 + 20
     assert results[2][0]["compiled_then_wrapped"]["reduced"] == skews + ordinary
+
+
+def test_a_graph_is_cut_where_a_bucket_of_what_is_reduced_is_full(results: Results) -> None:
+    for result in results[2]:
+        assert result["in_pieces"]["pieces"] == [1, 3]
+        whole, cut = result["in_pieces"]["early"]
+        assert whole == 0
+        assert cut >= 2
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])
@@ -60,3 +107,15 @@ def test_ranks_that_drew_differently_are_refused_when_wrapped(results: Results, 
     for result in results[world]:
         assert "drew different permutations" in result["prepared_differently"]["message"]
         assert len(result["prepared_differently"]["names"]) == 5
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_shards_of_weights_and_of_states_are_refused(results: Results, world: int) -> None:
+    for result in (rank["sharded"] for rank in results[world]):
+        messages = result["messages"]
+        assert "ZeroRedundancyOptimizer cannot train the rotation of 'layers.0.weight'" in messages["states"]
+        assert "FullyShardedDataParallel would cut it into shards" in messages["one by one"]
+        for name in ("converted", "ordinary"):
+            assert "wrapped in FSDPModule, whose shards cannot be rotated: use DistributedDataParallel" in messages[name]
+        assert result["unchanged"]
+        assert all(result["moved"])

@@ -57,20 +57,26 @@ def test_every_function_is_pinned_here() -> None:
     functions = {name for name in functions if not name.startswith("__resume_at")}  # left by Dynamo
     assert functions == {
         "active_ddp",
+        "after_ddp_join",
         "add_input",
+        "before_fsdp_constructor",
         "bodies",
         "checkpointed",
         "compile_with_aot_eager",
         "compile_with_inductor",
         "copy_graph",
+        "count_in_ddp_pieces",
         "distributed_wrapper",
+        "fake_beside",
         "functorch_nodes",
         "graph_break",
         "gradient_hooks",
         "inductor_modes",
         "inductor_option_names",
         "inductor_option_type",
+        "is_fake",
         "is_tracing",
+        "live_inputs",
         "live_optimizers",
         "map_tensors",
         "on_optimizer_state_loaded",
@@ -488,24 +494,122 @@ def test_a_fully_sharded_model_is_recognised_by_its_weights() -> None:
 
 @pytest.mark.usefixtures("process_group")
 def test_what_stands_in_a_slot_while_ddp_is_built_is_what_it_reduces(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, other, groups = Net(), nn.Parameter(torch.zeros(5)), []
+    net, other, given = Net(), nn.Parameter(torch.zeros(5)), []
     weight = net.fc.weight
 
     @contextmanager
-    def swapped(module: nn.Module, group: Any) -> Iterator[None]:
-        groups.append(group)
+    def swapped(module: nn.Module, arguments: dict[str, Any]) -> Iterator[None]:
+        given.append(arguments)
         module.fc._parameters["weight"] = other
         yield
         module.fc._parameters["weight"] = weight
 
     monkeypatch.setattr(DistributedDataParallel, "__init__", DistributedDataParallel.__init__)
     _torch.within_ddp_constructor(swapped)
-    wrapped = DistributedDataParallel(net, process_group=dist.group.WORLD)
-    assert groups == [dist.group.WORLD]
+    wrapped = DistributedDataParallel(net, None, process_group=dist.group.WORLD)
+    assert given[0]["process_group"] is dist.group.WORLD
+    assert given[0]["device_ids"] is None
     reduced = {id(parameter) for parameter in wrapped._module_parameters}
     assert id(other) in reduced
     assert id(weight) not in reduced
     assert net.fc.weight is weight
+
+
+@pytest.mark.usefixtures("process_group")
+def test_pieces_of_a_graph_have_fake_inputs_with_live_ones_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
+    pieces: list[dict[str, Tensor]] = []
+    calls: list[bool] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        live = _torch.live_inputs(gm, inputs)
+        assert [value.shape for value in live] == [value.shape for value in inputs]
+        weights = [(value, shown) for value, shown in zip(live, inputs) if isinstance(value, nn.Parameter)]
+        pieces.append({_torch.source_name(node): value for node, value in zip(placeholders(gm), live)})
+        assert all(_torch.is_fake(shown) and not _torch.is_fake(value) for value, shown in weights)
+        (beside,) = _torch.fake_beside([weights[0][0]], inputs)
+        assert _torch.is_fake(beside) and beside.fake_mode is weights[0][1].fake_mode
+        compiled = _torch.compile_with_aot_eager(gm, inputs)
+
+        def run(*args: Any) -> Any:
+            calls.append(_torch.is_fake(args[0]))
+            return compiled(*args)
+
+        return run
+
+    class Nets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Net(), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+    nets = Nets()
+    wrapped = DistributedDataParallel(nets, bucket_cap_mb=1e-5)
+    x = torch.ones(2, 3)
+    result = torch.compile(wrapped, backend=backend)(x)
+    torch.testing.assert_close(result, nets(x))
+    assert len(pieces) == 2
+    assert calls == [True, True, False, False]
+    live = {id(value) for piece in pieces for value in piece.values()}
+    assert {id(parameter) for parameter in nets.parameters()} <= live
+
+
+@pytest.mark.usefixtures("process_group")
+def test_pieces_count_what_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.backends.distributed import DDPOptimizer
+
+    monkeypatch.setattr(DDPOptimizer, "add_param_args", DDPOptimizer.add_param_args)
+    net = Net()
+    _torch.count_in_ddp_pieces(lambda parameter: 1000 if parameter is net.fc.weight else None)
+    sizes: list[int] = []
+    cut = DDPOptimizer.compile_fn
+
+    def looking(self: DDPOptimizer, *args: Any, **kwargs: Any) -> Any:
+        compiled = cut(self, *args, **kwargs)
+        sizes.extend(bucket.size for bucket in self.buckets)
+        return compiled
+
+    monkeypatch.setattr(DDPOptimizer, "compile_fn", looking)
+    torch.compile(DistributedDataParallel(net), backend="eager")(torch.ones(2, 3))
+    assert sizes == [1000 + 4 * 4]
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_module_is_seen_before_fsdp_shards_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    def check(module: nn.Module) -> None:
+        raise ValueError(type(module).__name__)
+
+    monkeypatch.setattr(FullyShardedDataParallel, "__init__", FullyShardedDataParallel.__init__)
+    _torch.before_fsdp_constructor(check)
+    with pytest.raises(ValueError, match="Net"):
+        FullyShardedDataParallel(Net(), device_id=torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("process_group")
+def test_leaving_a_join_is_noted_with_the_rank_whose_weights_were_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[nn.Module, Any, int]] = []
+    monkeypatch.setattr(DistributedDataParallel, "_sync_final_model", DistributedDataParallel._sync_final_model)
+    _torch.after_ddp_join(lambda *args: seen.append(args))
+    net = Net()
+    wrapped = DistributedDataParallel(net, process_group=dist.group.WORLD)
+    with wrapped.join():
+        wrapped(torch.ones(2, 3)).sum().backward()
+    assert seen == [(net, dist.group.WORLD, 0)]
+
+
+def test_outside_pieces_inputs_are_live() -> None:
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        assert all(a is b for a, b in zip(_torch.live_inputs(gm, inputs), inputs, strict=True))
+        assert not any(_torch.is_fake(value) for value in inputs)
+        extra = torch.ones(3)
+        assert _torch.fake_beside([extra], inputs)[0] is extra
+        return gm.forward
+
+    torch.compile(Net(), backend=backend)(torch.ones(2, 3))
 
 
 @pytest.mark.usefixtures("process_group")
