@@ -23,9 +23,10 @@ import methods
 import plot_layer
 import torch
 from floors import Kernel, Peaks
-from layer_rows import BASELINES, TRAINING, UPDATE, Row, facts, floor_ratio, write_csv
+from layer_rows import BASELINES, TRAINING, UPDATE, Row, floor_ratio
 from methods import Source
 from official import Official
+from result_files import facts, write_csv
 from rich.console import Console
 from rich.table import Table
 from timing import Stopwatch, Timing, Work, one_line, peak_mib, side_by_side, stopwatch

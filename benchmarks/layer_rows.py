@@ -1,20 +1,13 @@
-"""The lines of the layer benchmark's CSV: what was measured, and on which machine."""
+"""The lines of the layer benchmark's CSV."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib.metadata
-import platform
-import shutil
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-import torch
 
 TRAINING, UPDATE = "forward+backward", "update"
 BASELINES = {TRAINING: "linear", UPDATE: "adamw"}
@@ -76,30 +69,6 @@ def floor_ratio(row: Row, rows: Sequence[Row]) -> float | None:
     return None
 
 
-def facts(device: torch.device) -> dict[str, str | None]:
-    """The device and the versions that a result belongs to."""
-    on_gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU",
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "cuda": torch.version.cuda,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "poetx_compile": _version("poetx-compile"),
-    }
-
-
-def write_csv(path: Path, rows: Sequence[Row], machine: Mapping[str, str | None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*_COLUMNS, *machine])
-        writer.writerows([*dataclasses.astuple(row), *machine.values()] for row in rows)
-    temporary.replace(path)
-
-
 def read_csv(path: Path) -> tuple[list[Row], str]:
     """The rows, and the name of the device."""
     with path.open(newline="") as file:
@@ -118,19 +87,3 @@ _TYPES: dict[str, Callable[[str], Any]] = {
 def _parse(name: str, text: str) -> Any:
     read = _TYPES.get(name, float)
     return None if not text and read is not str else read(text)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _output(*command: str) -> str | None:
-    """The first line that a command prints, or None where it is missing or fails."""
-    if shutil.which(command[0]) is None:
-        return None
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    lines = done.stdout.split("\n")
-    return lines[0].strip() if not done.returncode and lines[0] else None
