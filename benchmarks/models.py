@@ -37,6 +37,7 @@ from timing import one_line
 from torch import Tensor, nn
 
 import poetx_compile
+from poetx_compile.backend import poetx
 from poetx_compile.factor import OrthogonalFactor, factors
 from poetx_compile.kernels.residual import decode
 
@@ -118,7 +119,7 @@ def train(model: Model, args: argparse.Namespace) -> Row:
     dtype, device = getattr(torch, args.dtype), torch.device(args.device)
     module, batch = model.build(args.size, dtype, device)
     options = model.options | (TINY_OPTIONS if args.size == "tiny" else {})
-    compiled = torch.compile(module, backend="poetx", options=options)
+    compiled = torch.compile(module, backend=poetx, options=options)
     optimizer = torch.optim.AdamW(module.parameters(), args.lr)
     losses, seconds, watched = [], [], []
     for step in range(args.steps):
@@ -211,7 +212,8 @@ def failed(name: str, args: argparse.Namespace, reason: str) -> Row:
 def in_a_process(name: str, args: argparse.Namespace) -> Row:
     """A process of its own, so that memory, compiled code and crashes are its own as well."""
     threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads}
+    limits = {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads}
+    environment = os.environ | limits | {"HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         answer, log = Path(folder, "row.json"), Path(folder, "log")
         same = [f"--{key}={getattr(args, key)}" for key in ("size", "dtype", "device", "steps", "lr")]
