@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import _torch
 from .errors import PoetxError, PoetxWarning
 from .factor import OrthogonalFactor, factors
 from .kernels import HALF
@@ -237,3 +238,22 @@ def _bytes(value: Tensor) -> Tensor:
 def _from_bytes(value: Tensor, code: int) -> Tensor:
     tensor = value.to(torch.uint8).view(_DTYPES[code % len(_DTYPES)]).clone()
     return tensor.reshape(()) if code >= len(_DTYPES) else tensor
+
+
+def _explain(saved: set[str], wanted: set[str]) -> str | None:
+    """Why a distributed checkpoint does not fit, by the names of what was saved and of what stands ready to be read into."""
+    has, wants = (any(name.endswith(".poetx_live") for name in names) for names in (saved, wanted))
+    if has:
+        return (
+            "poetx: this checkpoint holds the optimizer state of rotations, and the tensors to read it into have other sizes. Call "
+            "poetx_compile.prepare(model, batch, options=...), with the options of the run that saved it, before get_state_dict"
+        )
+    if wants:
+        return (
+            "poetx: the optimizer state of this checkpoint comes from ordinary training, and a rotation cannot go on from it: "
+            "load the model's state only, and start the optimizer anew"
+        )
+    return None
+
+
+_torch.explain_failed_loads(_explain)
