@@ -48,7 +48,7 @@ def poetx(
         return _compile(gm, example_inputs, config, patches)
     extra = rewrite(edited, [(found, factor) for found, factor in converted if factor.route == "gram"])
     compiled = _compile(edited, [*example_inputs, *extra], config, patches)
-    slots = [Slot(found.index, found.name, found.matrices, factor.route == "gram") for found, factor in converted]
+    slots = [Slot(found.index, found.name, found.stack.shape, factor.route == "gram") for found, factor in converted]
     return Runtime(compiled, slots, config)
 
 
@@ -72,7 +72,7 @@ def convert(
     conversion.remember(skips)
     converted = []
     for found in matches:
-        factor = conversion.adopt(found.weight, found.name, config, found.matrices)
+        factor = conversion.adopt(found.weight, found.name, config, found.stack.shape)
         factor.route = choose_route(found, config)
         converted.append((found, factor))
     optimizer.join_running_step()

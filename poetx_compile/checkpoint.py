@@ -114,7 +114,7 @@ def _encoded(weight: Tensor, entry: Entry, residual: Tensor | None) -> Entry:
     saved.update(poetx_live=0, poetx_dtype=_DTYPES.index(weight.dtype))
     if residual is not None:
         saved["poetx_residual"] = _bytes(residual)
-        saved["poetx_fingerprint"] = fingerprint(weight)
+        saved["poetx_fingerprint"] = int(fingerprint(weight))
     return saved
 
 
@@ -208,15 +208,15 @@ def _readable(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape if shape[0] > 1 else shape[1:]))
 
 
-def fingerprint(weight: Tensor) -> int:
-    """A number that changes with any value, or its place, in a half-precision weight. Waits for the device."""
-    total = torch.zeros((), dtype=torch.int64, device=weight.device)
-    flat = weight.detach().contiguous().view(torch.int16).flatten()
-    for number, piece in enumerate(flat.split(_NUMBERS_AT_ONCE), start=1):
+def fingerprint(tensor: Tensor) -> Tensor:
+    """An int64 on the tensor's device that changes with any bit, or its place."""
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    words = tensor.detach().contiguous().flatten().view(torch.int16 if tensor.element_size() > 1 else torch.int8)
+    for number, piece in enumerate(words.split(_NUMBERS_AT_ONCE), start=1):
         bits = piece.to(torch.int32)
         places = torch.arange(bits.numel(), device=bits.device, dtype=torch.int32) % 8191 + 1
         total += number * (bits * places).sum(dtype=torch.int64)
-    return int(total)
+    return total
 
 
 def _must_be_bytes(name: str, value: Any, weight: Tensor) -> bool:

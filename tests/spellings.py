@@ -135,6 +135,9 @@ OTHER = [
 ]
 """What is rotated all the same, by the dense route."""
 
+TRAINABLE = [spelling for spelling in OTHER if spelling.name != "under scan" or torch.__version__ >= "2.12"]
+"""torch 2.11 has no gradient for a scan over a product, with any backend."""
+
 
 @dataclass(frozen=True)
 class Stack:

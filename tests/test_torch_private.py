@@ -67,6 +67,7 @@ def test_every_function_is_pinned_here() -> None:
         "compile_with_inductor",
         "copy_graph",
         "distributed_wrapper",
+        "explain_failed_loads",
         "functorch_nodes",
         "graph_break",
         "gradient_hooks",
