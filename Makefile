@@ -28,7 +28,7 @@ lint: .venv/ready
 
 .venv/ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install $(TORCH:%="%")
+	$(BIN)/python -c "from importlib.metadata import version as v; v('torch'), v('torchvision')" 2>/dev/null || $(BIN)/python -m pip install $(TORCH:%="%")
 	$(BIN)/python -m pip install -e ".[test,models]"
 	touch $@
 
