@@ -135,8 +135,8 @@ OTHER = [
 ]
 """What is rotated all the same, by the dense route."""
 
-TRAINABLE = [spelling for spelling in OTHER if spelling.name != "under scan" or torch.__version__ >= "2.12"]
-"""torch 2.11 has no gradient for a scan over a product, with any backend."""
+TRAINABLE = [spelling for spelling in OTHER if spelling.name != "under scan" or torch.__version__ >= "2.13"]
+"""Before torch 2.13 a scan over a product has no gradient, with any backend."""
 
 
 @dataclass(frozen=True)
