@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 from ddp_rows import Row
-from layer_rows import facts
+from rows import facts
 from timing import one_line
 from torch import distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
@@ -241,7 +240,7 @@ def main(argv: Sequence[str]) -> None:
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    machine = facts(device) | {"transformers": importlib.metadata.version("transformers")}
+    machine = facts(device)
     try:
         row = measure(asked, device)
     except Exception as error:

@@ -18,9 +18,9 @@ Row = TypeVar("Row")
 Machine = Mapping[str, "str | None"]
 
 
-def facts(device: torch.device) -> dict[str, str | None]:
-    """The machine, and the date."""
-    return {**machine.facts(device), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+def facts(device: torch.device, *packages: str) -> dict[str, str | None]:
+    """The machine, the versions of some more packages, and the date."""
+    return {**machine.facts(device, *packages), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 
 def write_csv(path: Path, rows: Sequence[Any], machine: Machine) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests"))
+sys.path[:0] = [str(HERE.parent / folder) for folder in ("tests", "benchmarks")]
 
 from limits import LIMITS  # noqa: E402
 from modes import SETTINGS, STANCES  # noqa: E402

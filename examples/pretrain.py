@@ -5,7 +5,8 @@
     python examples/pretrain.py --config 350m --corpus ~/books --out runs/books
 
 The output folder receives metrics.csv, loss.png, run.json, and for each method a checkpoint and the trained model in
-Hugging Face's format. ``--resume`` goes on from the checkpoints as if nothing had happened.
+Hugging Face's format. ``--resume`` goes on from the checkpoints as if nothing had happened. ``--watch`` records what the
+rotations do: rotations.csv and rotations.png.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from rotations import Watch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
@@ -193,6 +195,7 @@ def train(settings: Settings, args: argparse.Namespace, corpus: Corpus, earlier:
 
     validation = corpus.validation_batches(VALIDATION_BATCHES, settings.batch, settings.seq)
     losses: list[Tensor] = []
+    watch = Watch(model, args.out, done) if args.watch and settings.method == "poetx" else None
     with progress_bar() as progress:
         bar = progress.add_task(settings.method, total=settings.steps, completed=done, status="compiling")
         started = time.perf_counter()
@@ -214,6 +217,8 @@ def train(settings: Settings, args: argparse.Namespace, corpus: Corpus, earlier:
             train_loss = float(torch.stack(losses).mean())
             losses.clear()
             seconds += time.perf_counter() - started
+            if watch is not None:
+                watch.note(done, is_milestone=milestone)
             val_loss = evaluate(model, validation) if milestone else None
             tokens = done * settings.batch * settings.seq
             rows.append(Row(settings.method, done, tokens, train_loss, val_loss, seconds, peak_memory(args.device)))
@@ -228,6 +233,8 @@ def train(settings: Settings, args: argparse.Namespace, corpus: Corpus, earlier:
                     "scheduler": scheduler.state_dict(),
                 }
                 save_checkpoint(path, content, rows)
+                if watch is not None:
+                    watch.save()
             started = time.perf_counter()
 
     if settings.method == "poetx":
@@ -305,6 +312,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--corpus", type=Path, help="folder of text files (default: the standard library's modules)")
     add("--compare", choices=("adamw",), help="train the same model again by ordinary training")
     add("--out", type=Path, help="output folder (default: runs/CONFIG)")
+    add("--watch", action="store_true", help="record what the rotations do: rotations.csv and rotations.png; takes time")
     add("--resume", action="store_true", help="go on from the checkpoints in the output folder")
     for name in ("steps", "batch", "seq"):
         add(f"--{name}", type=positive, help="(default: depends on the size)")

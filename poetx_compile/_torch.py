@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
+from .errors import PoetxError
+
 # --- Dynamo and Inductor ---------------------------------------------------------------------------------------------
 
 
@@ -334,6 +336,27 @@ def count_in_ddp_pieces(reduced_bytes: Callable[[Tensor], int | None]) -> None:
                     bucket.size += reduced - parameter.untyped_storage().nbytes()
 
     DDPOptimizer.add_param_args = counting  # type: ignore[method-assign]
+
+
+def explain_failed_loads(explain: Callable[[set[str], set[str]], str | None]) -> None:
+    """Where a distributed checkpoint does not fit, raise what ``explain(saved names, wanted names)`` says, if it says anything."""
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+    plan = DefaultLoadPlanner.create_local_plan
+
+    @functools.wraps(plan)
+    def explaining(self: Any) -> Any:
+        try:
+            return plan(self)
+        except (RuntimeError, ValueError) as error:
+            sentence = explain(set(self.metadata.state_dict_metadata), set(self.state_dict))
+            if sentence is None:
+                raise
+            raise PoetxError(sentence) from error
+
+    DefaultLoadPlanner.create_local_plan = explaining  # type: ignore[method-assign]
 
 
 def active_ddp() -> bool:

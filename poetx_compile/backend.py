@@ -49,7 +49,7 @@ def poetx(
     extra = rewrite(edited, [(found, factor) for found, factor in converted if factor.route == "gram"])
     shown = fake_beside(extra, example_inputs)
     compiled = _compile(edited, [*example_inputs, *shown], config, patches)
-    slots = [Slot(found.index, found.name, found.matrices, factor.route == "gram") for found, factor in converted]
+    slots = [Slot(found.index, found.name, found.stack.shape, factor.route == "gram") for found, factor in converted]
     return Runtime(compiled, slots, config, [tensor for tensor in shown if is_fake(tensor)])
 
 
@@ -73,7 +73,7 @@ def convert(
     conversion.remember(skips)
     converted = []
     for found in matches:
-        factor = conversion.adopt(found.weight, found.name, config, found.matrices)
+        factor = conversion.adopt(found.weight, found.name, config, found.stack.shape)
         factor.route = choose_route(found, config)
         converted.append((found, factor))
     optimizer.join_running_step()

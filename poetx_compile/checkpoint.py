@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import _torch
 from .errors import PoetxError, PoetxWarning
 from .factor import OrthogonalFactor, factors
 from .kernels import HALF
@@ -113,7 +114,7 @@ def _encoded(weight: Tensor, entry: Entry, residual: Tensor | None) -> Entry:
     saved.update(poetx_live=0, poetx_dtype=_DTYPES.index(weight.dtype))
     if residual is not None:
         saved["poetx_residual"] = _bytes(residual)
-        saved["poetx_fingerprint"] = fingerprint(weight)
+        saved["poetx_fingerprint"] = int(fingerprint(weight))
     return saved
 
 
@@ -207,15 +208,15 @@ def _readable(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape if shape[0] > 1 else shape[1:]))
 
 
-def fingerprint(weight: Tensor) -> int:
-    """A number that changes with any value, or its place, in a half-precision weight. Waits for the device."""
-    total = torch.zeros((), dtype=torch.int64, device=weight.device)
-    flat = weight.detach().contiguous().view(torch.int16).flatten()
-    for number, piece in enumerate(flat.split(_NUMBERS_AT_ONCE), start=1):
+def fingerprint(tensor: Tensor) -> Tensor:
+    """An int64 on the tensor's device that changes with any bit, or its place."""
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    words = tensor.detach().contiguous().flatten().view(torch.int16 if tensor.element_size() > 1 else torch.int8)
+    for number, piece in enumerate(words.split(_NUMBERS_AT_ONCE), start=1):
         bits = piece.to(torch.int32)
         places = torch.arange(bits.numel(), device=bits.device, dtype=torch.int32) % 8191 + 1
         total += number * (bits * places).sum(dtype=torch.int64)
-    return int(total)
+    return total
 
 
 def _must_be_bytes(name: str, value: Any, weight: Tensor) -> bool:
@@ -237,3 +238,22 @@ def _bytes(value: Tensor) -> Tensor:
 def _from_bytes(value: Tensor, code: int) -> Tensor:
     tensor = value.to(torch.uint8).view(_DTYPES[code % len(_DTYPES)]).clone()
     return tensor.reshape(()) if code >= len(_DTYPES) else tensor
+
+
+def _explain(saved: set[str], wanted: set[str]) -> str | None:
+    """Why a distributed checkpoint does not fit, by the names of what was saved and of what stands ready to be read into."""
+    has, wants = (any(name.endswith(".poetx_live") for name in names) for names in (saved, wanted))
+    if has:
+        return (
+            "poetx: this checkpoint holds the optimizer state of rotations, and the tensors to read it into have other sizes. Call "
+            "poetx_compile.prepare(model, batch, options=...), with the options of the run that saved it, before get_state_dict"
+        )
+    if wants:
+        return (
+            "poetx: the optimizer state of this checkpoint comes from ordinary training, and a rotation cannot go on from it: "
+            "load the model's state only, and start the optimizer anew"
+        )
+    return None
+
+
+_torch.explain_failed_loads(_explain)

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from . import _torch
+from .checkpoint import fingerprint
 from .errors import PoetxError
 from .factor import OrthogonalFactor, factors
 
 Group: TypeAlias = "distributed.ProcessGroup | None"
-
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextmanager
@@ -145,13 +144,8 @@ def _send(factor: OrthogonalFactor, group: Group) -> None:
 
 
 def _checksum(factor: OrthogonalFactor) -> Tensor:
-    """The bits of weight and residual, summed along rows, times the row: no scratch memory, and swapped rows show."""
-    total = torch.zeros((), dtype=torch.int64, device=factor.weight.device)
-    for tensor in (factor.weight.detach(), factor.residual):
-        if tensor is not None:
-            rows = tensor.flatten(1).view(_WORDS[tensor.element_size()]).sum(1, dtype=torch.int64)
-            total = total * 31 + (rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum()
-    return total
+    weight = fingerprint(factor.weight)
+    return weight if factor.residual is None else weight * 31 + fingerprint(factor.residual)
 
 
 def _reduced_bytes(parameter: Tensor) -> int | None:

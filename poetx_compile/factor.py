@@ -102,9 +102,10 @@ class OrthogonalFactor:
 
     def project(self, gradient: Tensor) -> Tensor:
         """The gradient of ``q`` that belongs to a gradient of the weight, of its shape: the dense route."""
-        sides = (self.row_channels, self.rows.width, self.column_channels, self.columns.width)
-        pairs = zip(gradient.reshape(self.stack.shape), self.weight.detach().reshape(self.stack.shape))
-        return torch.cat([kernels.project(dense, matrix, *sides) for dense, matrix in pairs]) * (2 * self.config.scale)
+        gradient, weight = gradient.reshape(self.stack.shape), self.weight.detach().reshape(self.stack.shape)
+        channels = self.row_channels, self.column_channels
+        widths, runs = (self.rows.width, self.columns.width), (self.rows.run, self.columns.run)
+        return kernels.project(gradient, weight, *channels, widths, runs, 2 * self.config.scale)
 
     def clear(self) -> None:
         """Forget a rotation that was never folded: the weight stays as it was before the step."""

@@ -12,11 +12,12 @@ import torch
 _PACKAGES = ("triton", "transformers")
 
 
-def facts(device: torch.device | str) -> dict[str, str | None]:
+def facts(device: torch.device | str, *packages: str) -> dict[str, str | None]:
     """Name of the device, and versions, by flat names that a CSV takes; None for what is not there.
 
     Args:
         device: on a GPU, its name and driver are told; it is made the process's, as by any call of CUDA.
+        packages: more of them whose versions count.
     """
     on_gpu = torch.device(device).type == "cuda"
     return {
@@ -24,7 +25,7 @@ def facts(device: torch.device | str) -> dict[str, str | None]:
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        **{package: version(package) for package in _PACKAGES},
+        **{package: version(package) for package in (*_PACKAGES, *packages)},
         "cuda": torch.version.cuda,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
         "poetx_compile": version("poetx-compile"),

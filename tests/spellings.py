@@ -135,6 +135,9 @@ OTHER = [
 ]
 """What is rotated all the same, by the dense route."""
 
+TRAINABLE = [spelling for spelling in OTHER if spelling.name != "under scan" or torch.__version__ >= "2.13"]
+"""Before torch 2.13 a scan over a product has no gradient, with any backend."""
+
 
 @dataclass(frozen=True)
 class Stack:

@@ -19,7 +19,7 @@ from helpers import factor_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import rotation_gradients
-from spellings import CANONICAL, CHECKPOINTED, CONVOLUTIONS, INPUTS, OTHER, STACKS, Spelling, Stack
+from spellings import CANONICAL, CHECKPOINTED, CONVOLUTIONS, INPUTS, STACKS, TRAINABLE, Spelling, Stack
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -171,7 +171,7 @@ assert "poetx" in torch.compiler.list_backends()
 class TestOutputs:
     """Conversion changes no output."""
 
-    @pytest.mark.parametrize("spelling", CANONICAL + CHECKPOINTED + OTHER, ids=str)
+    @pytest.mark.parametrize("spelling", CANONICAL + CHECKPOINTED + TRAINABLE, ids=str)
     def test_bit_for_bit(self, spelling: Spelling) -> None:
         layer, x = spelling.layer(), torch.randn(5, INPUTS, dtype=torch.float64)
         expected = layer(x)
@@ -233,7 +233,7 @@ class TestGradients:
         check_against_oracle(layer, x)
         check_against_eager(layer, x)
 
-    @pytest.mark.parametrize("spelling", OTHER, ids=str)
+    @pytest.mark.parametrize("spelling", TRAINABLE, ids=str)
     def test_of_other_products(self, spelling: Spelling) -> None:
         layer, x = spelling.layer(), torch.randn(5, INPUTS, dtype=torch.float64, requires_grad=True)
         square(rotating(layer, route="gram")(x)).backward()
@@ -420,7 +420,9 @@ class Network(nn.Module):
 SIZES = st.sampled_from([16, 17, 33, 40, 48])
 LAYERS = st.builds(
     Layer,
-    spelling=st.sampled_from([spelling for spelling in CANONICAL + CHECKPOINTED + OTHER if spelling.name != "under grad"]),
+    spelling=st.sampled_from(
+        [spelling for spelling in CANONICAL + CHECKPOINTED + TRAINABLE if spelling.name != "under grad"]
+    ),
     outputs=SIZES,
     activation=st.sampled_from([torch.tanh, F.silu, F.gelu, torch.cos]),
     residual=st.booleans(),

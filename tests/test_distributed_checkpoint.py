@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from helpers import OPTIONS, loss, network, rotating, train, values
 from torch import nn, optim
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
 
 import poetx_compile
 
@@ -79,10 +79,42 @@ def test_resume_is_exact(moment: Callable[[Training, Path], None], saved: tuple[
     exact(values(resumed[0]), values(model))
 
 
-def test_before_the_first_forward_torch_refuses_and_changes_nothing(saved: tuple[Path, Training]) -> None:
-    """It reads into tensors that stand ready, and nobody knows yet which weights will rotate."""
-    training = start()
+def refused(training: Training, path: Path, sentence: str) -> None:
     before = values(training[0])
-    with pytest.raises(dcp.CheckpointException, match=r"Size mismatch between saved .* for optimizer\.state\.0\.weight"):
-        load(training, saved[0])
+    with pytest.raises(dcp.CheckpointException, match=sentence):
+        load(training, path)
     exact(values(training[0]), before)
+
+
+def test_before_the_first_forward_it_is_refused_and_changes_nothing(saved: tuple[Path, Training]) -> None:
+    """torch reads into tensors that stand ready, and nobody knows yet which weights will rotate."""
+    training = start()
+    rotating(training[0], **SETTINGS)
+    refused(
+        training, saved[0], r"poetx: this checkpoint holds .* Call poetx_compile\.prepare\(model, batch, options=\.\.\.\)"
+    )
+
+
+def test_other_blocks_are_refused(saved: tuple[Path, Training]) -> None:
+    training = start()
+    poetx_compile.prepare(training[0], torch.zeros(8, 22, dtype=DTYPE), options=OPTIONS | {"block_size": 8})
+    refused(training, saved[0], "with the options of the run that saved it")
+
+
+def test_state_of_ordinary_training_is_refused(tmp_path: Path) -> None:
+    ordinary = start()
+    train(ordinary[0], ordinary[1], range(2))
+    dcp.save(dict(zip(("model", "optimizer"), get_state_dict(*ordinary))), checkpoint_id=tmp_path)
+    training = start()
+    poetx_compile.prepare(training[0], torch.zeros(8, 22, dtype=DTYPE), options=OPTIONS)
+    refused(training, tmp_path, "poetx: the optimizer state of this checkpoint comes from ordinary training")
+    model_state = {"model": get_model_state_dict(training[0])}
+    dcp.load(model_state, checkpoint_id=tmp_path)
+    exact(values(training[0]), values(ordinary[0]))
+
+
+def test_what_has_nothing_to_do_with_rotations_is_torchs_own_to_say(tmp_path: Path) -> None:
+    dcp.save({"x": torch.zeros(3)}, checkpoint_id=tmp_path)
+    with pytest.raises(dcp.CheckpointException, match="Size mismatch between saved") as raised:
+        dcp.load({"x": torch.zeros(4)}, checkpoint_id=tmp_path)
+    assert "poetx:" not in str(raised.value)

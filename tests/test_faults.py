@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import factor_of, loss, network, rotating, train, values
+from helpers import Experts, factor_of, loss, network, rotating, train, values
 from torch import Tensor, nn, optim
 
 from poetx_compile import PoetxError, PoetxWarning, factor, kernels
+from poetx_compile.kernels import naive
 
 exact = partial(torch.testing.assert_close, rtol=0, atol=0)
 
@@ -70,6 +71,28 @@ class TestOutOfMemoryInRetraction:
         train(compiled, optimizer, [trained + 1])
         assert factor_of(model[0].weight).steps == trained + 1
         assert not torch.equal(rotated(model)[0], before[0])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("make_model, folds", [(network, 2), (Experts, 5)])
+    def test_while_folding_lets_no_weight_stay_behind(
+        self, make_model: Callable[..., nn.Module], folds: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What the device cannot fold, the host does: weight by weight, and matrix by matrix of a stack."""
+        settings = {"include_conv": make_model is Experts}
+        twin = make_model(dtype)
+        optimizer = make(twin.parameters())
+        train(rotating(twin, **settings), optimizer, range(2))
+        for at in range(1, folds + 1):
+            model = make_model(dtype)
+            optimizer = make(model.parameters())
+            compiled = rotating(model, **settings)
+            train(compiled, optimizer, [0])
+            with monkeypatch.context() as patch:
+                fold = Failing(naive.rotate_, at)
+                patch.setattr(naive, "rotate_", fold)
+                train(compiled, optimizer, [1])
+            assert fold.calls == folds + 1
+            exact(values(model), values(twin))
 
     def test_leaves_a_state_that_can_be_saved_and_resumed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = network(torch.bfloat16)

@@ -185,3 +185,20 @@ def test_kinds_of_adam(settings: dict[str, bool]) -> None:
     train(compiled, torch.optim.AdamW(model.parameters(), lr=1e-2, **settings), torch.bfloat16, range(3))
     assert not torch.equal(model[0].weight, before)
     assert torch.allclose(compiled(batch(0, torch.bfloat16)[0]), model(batch(0, torch.bfloat16)[0]), atol=5e-2)
+
+
+def test_a_fold_that_finds_no_memory_runs_on_the_host() -> None:
+    layout = BlockLayout.of(4096, 64, 32)
+    channels = layout.channels(0, 0, 0).cuda()
+    turn = naive.cayley_neumann(torch.randn(layout.skew, device="cuda", dtype=torch.float64) * 1e-2, 64, 1.0)
+    weight = torch.randn(4096, 4096, device="cuda", dtype=torch.float64)
+    expected = weight.cpu()
+    naive.rotate_(expected, None, turn.cpu(), channels.cpu(), turn.cpu(), channels.cpu())
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**25) / total)
+    try:
+        rotate_(weight, None, turn, channels, turn, channels)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.equal(weight.cpu(), expected)

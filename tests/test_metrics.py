@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,3 +96,43 @@ def test_each_model_has_its_own_until_closed_or_forgotten() -> None:
     del watching, other
     gc.collect()
     assert not metrics._active
+
+
+# --- Loggers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def numbers() -> dict[str, float]:
+    """Of one step."""
+    model = network()
+    watching = Metrics(model)
+    train(rotating(model), optim.AdamW(model.parameters(), lr=0.01), range(1))
+    return watching.last
+
+
+def test_tensorboard_takes_them(numbers: dict[str, float], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(tmp_path) as writer:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, 3)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert events.Tags()["scalars"] == list(numbers)
+    for name, value in numbers.items():
+        (event,) = events.Scalars(name)
+        assert event.step == 3 and event.value == pytest.approx(value)
+
+
+def test_weights_and_biases_takes_them_offline(numbers: dict[str, float], tmp_path: Path) -> None:
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True)
+    with wandb.init(mode="offline", dir=tmp_path, settings=settings) as run:
+        run.log(numbers, step=3, commit=True)
+        assert {name: run.summary[name] for name in numbers} == pytest.approx(numbers)
+    wandb.teardown()  # its service writes the file to the end
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    content = log.read_bytes()
+    for name, value in numbers.items():
+        assert name.encode() in content and str(value).removesuffix(".0").encode() in content, name

@@ -7,16 +7,19 @@ import gc
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._higher_order_ops import map as control_map
 from torch._higher_order_ops import scan
 from torch._subclasses.fake_tensor import is_fake
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, Optimizer
 from torch.utils.checkpoint import checkpoint
@@ -68,6 +71,7 @@ def test_every_function_is_pinned_here() -> None:
         "count_in_ddp_pieces",
         "distributed_wrapper",
         "fake_beside",
+        "explain_failed_loads",
         "functorch_nodes",
         "graph_break",
         "gradient_hooks",
@@ -513,6 +517,24 @@ def test_what_stands_in_a_slot_while_ddp_is_built_is_what_it_reduces(monkeypatch
     assert id(other) in reduced
     assert id(weight) not in reduced
     assert net.fc.weight is weight
+
+
+def test_a_distributed_checkpoint_that_does_not_fit_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[set[str], set[str]]] = []
+
+    def explain(saved: set[str], wanted: set[str]) -> str:
+        asked.append((saved, wanted))
+        return "as it is"
+
+    monkeypatch.setattr(DefaultLoadPlanner, "create_local_plan", DefaultLoadPlanner.create_local_plan)
+    _torch.explain_failed_loads(explain)
+    dcp.save({"a": {"x": torch.zeros(3)}}, checkpoint_id=tmp_path)
+    dcp.load({"a": {"x": torch.zeros(3)}}, checkpoint_id=tmp_path)
+    assert not asked
+    for content in ({"x": torch.zeros(4)}, {"y": torch.zeros(3)}):
+        with pytest.raises(dcp.CheckpointException, match="PoetxError: as it is"):
+            dcp.load({"a": content}, checkpoint_id=tmp_path)
+    assert asked == [({"a.x"}, {"a.x"}), ({"a.x"}, {"a.y"})]
 
 
 @pytest.mark.usefixtures("process_group")

@@ -8,8 +8,8 @@ bits each, nearly as exact) or ``tf32`` (one). ``cayley_neumann`` with ``tf32`` 
 """
 
 from . import ops
+from .dense import project
 from .linear import LINEAR_VERSION, rotated_linear
-from .naive import project
 from .precision import unscaled
 from .residual import HALF, decode, master_dtype
 

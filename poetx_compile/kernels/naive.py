@@ -118,25 +118,3 @@ def rotate_(
             turned = torch.baddbmm(part, part, columns).transpose(0, 1).flatten(1)
             master.index_copy_(1, column_channels, turned)
     encode_(weight, residual, master)
-
-
-def project(
-    gradient: Tensor,
-    weight: Tensor,
-    row_channels: Tensor,
-    row_width: int,
-    column_channels: Tensor,
-    column_width: int,
-) -> Tensor:
-    """Packed skew parts of ``dW Wᵀ`` (rows) and ``Wᵀ dW`` (columns), block by block: the dense route.
-
-    A Gram matrix over the other dimension. Returns ``[rows' skew + columns' skew]``.
-    """
-    dtype = master_dtype(weight.dtype)
-    d, w = gradient.to(dtype), weight.to(dtype)
-    sides = []
-    if row_width:
-        sides.append(block_gram(d.T, w.T, row_channels, row_width))
-    if column_width:
-        sides.append(block_gram(w, d, column_channels, column_width))
-    return torch.cat(sides)

@@ -90,8 +90,27 @@ def _rotate_(
             else:
                 triton_rotate.rotate_(weight, residual, rows, row_channels, columns, column_channels, run, precision)
     else:
-        rows, columns = (None if side is None else unscaled(side) for side in (rows, columns))
-        naive.rotate_(weight, residual, rows, row_channels, columns, column_channels)
+        operands: tuple[Any, ...] = weight, residual, rows, row_channels, columns, column_channels
+        try:
+            _rotate_naively(*operands)
+        except torch.OutOfMemoryError:  # others may have been folded by now: so must this one, by the host's memory
+            on_host: tuple[Any, ...] = tuple(None if tensor is None else tensor.cpu() for tensor in operands)
+            _rotate_naively(*on_host)
+            for tensor, turned in zip(operands[:2], on_host):
+                if tensor is not None:
+                    tensor.copy_(turned)
+
+
+def _rotate_naively(
+    weight: Tensor,
+    residual: Tensor | None,
+    rows: Tensor | None,
+    row_channels: Tensor,
+    columns: Tensor | None,
+    column_channels: Tensor,
+) -> None:
+    rows, columns = (None if side is None else unscaled(side) for side in (rows, columns))
+    naive.rotate_(weight, residual, rows, row_channels, columns, column_channels)
 
 
 def _check(precision: str) -> None:

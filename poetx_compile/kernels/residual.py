@@ -39,17 +39,19 @@ def encode_(weight: Tensor, residual: Tensor | None, master: Tensor) -> None:
     """
     if residual is None:
         weight.copy_(master)
-    elif weight.dtype == torch.float16:
-        weight.copy_(master)
-        high = weight.float()
-        steps = ((master - high) * (256 / _float16_ulp(high))).round().clamp(-127, 127)
-        residual.copy_(torch.where(high.isfinite(), steps, 0))
+        return
+    if weight.dtype == torch.float16:
+        high = master.half()
+        steps = ((master - high.float()) * (256 / _float16_ulp(high.float()))).round().clamp(-127, 127)
+        low = torch.where(high.isfinite(), steps, 0)
     else:
         bits = master.view(torch.int32)
         upper = (bits + 0x7F + ((bits >> 8) & 1)) >> 8
         high_bits = (upper + 0x80) >> 8
-        residual.copy_(upper - (high_bits << 8))
-        weight.copy_(torch.where(master.isnan(), master, (high_bits << 16).view(torch.float32)))
+        low = upper - (high_bits << 8)
+        high = torch.where(master.isnan(), master, (high_bits << 16).view(torch.float32))
+    residual.copy_(low)  # memory can be missing until here, not from here on
+    weight.copy_(high)
 
 
 def _float16_ulp(high: Tensor) -> Tensor:

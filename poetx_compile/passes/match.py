@@ -44,15 +44,15 @@ class SkipReason(enum.Enum):
 class LinearMatch:
     """A weight to convert.
 
-    ``matrices`` ``[count, m, n]`` is the stack as which it is rotated: itself where it is a matrix. ``uses`` are its products
-    in canonical form if it has no other uses, else empty: then only the dense route serves.
+    ``stack`` is what is rotated: one matrix where the weight is one. ``uses`` are its products in canonical form if it has no
+    other uses, else empty: then only the dense route serves.
     """
 
     placeholder: fx.Node
     index: int
     weight: nn.Parameter
     name: str
-    matrices: tuple[int, int, int]
+    stack: StackLayout
     uses: tuple[fx.Node, ...]
 
 
@@ -92,11 +92,8 @@ def match(
         if reason is not None:
             skips.append(Skip(index, value, name, reason))
         else:
-            matches.append(
-                LinearMatch(
-                    node, index, value, name, _matrices(value, uses[node]), _canonical(value, uses[node], transformed)
-                )
-            )
+            stack, canonical = _stack(value, uses[node], config), _canonical(value, uses[node], transformed)
+            matches.append(LinearMatch(node, index, value, name, stack, canonical))
     return matches, skips
 
 
@@ -127,7 +124,7 @@ def _reason(
         return SkipReason.GROUPED
     if any(convolved) and not config.include_conv:
         return SkipReason.CONVOLUTION
-    stack = StackLayout.of(_matrices(weight, uses), config.block_size, config.chunk)
+    stack = _stack(weight, uses, config)
     if 1 in stack.shape[1:]:
         return SkipReason.NOT_A_MATRIX
     if is_named(name, config.heads) or any(graph.reaches_loss(use.node, linears) for use in uses):
@@ -151,11 +148,11 @@ def unfit(weight: nn.Parameter, matrices: tuple[int, int, int] | None = None) ->
     return None if bool(moves.all()) else SkipReason.ZERO
 
 
-def _matrices(weight: nn.Parameter, uses: list[Use]) -> tuple[int, int, int]:
-    """``[count, m, n]``: the kernel of a convolution is one flat matrix, any other weight a stack over its last dimensions."""
-    if uses and uses[0].is_convolution:
-        return 1, weight.shape[0], weight.shape[1:].numel()
-    return stacked(weight)
+def _stack(weight: nn.Parameter, uses: list[Use], config: PoetxConfig) -> StackLayout:
+    """The kernel of a convolution is one flat matrix, any other weight a stack over its last two dimensions."""
+    is_kernel = bool(uses) and uses[0].is_convolution
+    matrices = (1, weight.shape[0], weight.shape[1:].numel()) if is_kernel else stacked(weight)
+    return StackLayout.of(matrices, config.block_size, config.chunk)
 
 
 def _transformed(gm: fx.GraphModule) -> set[fx.Node]:

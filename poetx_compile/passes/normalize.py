@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from .._torch import checkpointed
-from .uses import TRANSPOSED, handed_on
+from .uses import handed_on, is_transposed_attribute
 
 LINEAR = torch._C._nn.linear
 MATMUL = torch.matmul
@@ -95,8 +95,8 @@ def _is_transpose(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     arguments = node.args[1:]
-    if node.target is getattr:
-        return arguments[0] in TRANSPOSED
+    if is_transposed_attribute(node):
+        return True
     if node.target in ("t", torch.t, "adjoint"):
         return not arguments
     if node.target in ("transpose", torch.transpose, "swapaxes", torch.swapaxes, "swapdims", torch.swapdims):

@@ -7,7 +7,6 @@ from typing import Any
 from torch import fx
 
 from ..config import PoetxConfig
-from ..layout import StackLayout
 from .match import LinearMatch
 
 
@@ -21,7 +20,7 @@ def choose_route(match: LinearMatch, config: PoetxConfig) -> str:
         return "dense"
     if config.route == "gram":
         return "gram"
-    stack = StackLayout.of(match.matrices, config.block_size, config.chunk)
+    stack = match.stack
     _, m, n = stack.shape
     tokens = sum(_tokens(use) for use in match.uses)
     gram = tokens * (m * stack.rows.width + n * stack.columns.width)

@@ -27,8 +27,9 @@ _VIEW_FUNCTIONS = (
 VIEWS = {*_VIEW_METHODS.split(), *_VIEW_FUNCTIONS}
 """Ops that hand on a weight's values, in another shape, order or dtype."""
 
-TRANSPOSED = ("T", "mT", "H", "mH")
-"""Attributes that are the transpose of a real matrix."""
+_TRANSPOSED = ("T", "mT", "H", "mH")
+_TRANSPOSES = {torch.ops.aten.numpy_T, torch.ops.aten.mT, torch.ops.aten.matrix_H, torch.ops.aten.mH}
+"""Attributes that are the transpose of a real matrix, and the operations as which torch 2.14 captures them."""
 
 EMBEDDINGS = {F.embedding, torch.embedding, F.embedding_bag, torch.embedding_bag, "index_select", torch.index_select}
 CONVOLUTIONS = {
@@ -153,8 +154,8 @@ class UseGraph:
             return operand == 0
         if user.target in _SCALINGS or (user.target in _DIVISIONS and operand == 0):
             return not user.kwargs and all(_is_scalar(other) for place, other in enumerate(user.args) if place != operand)
-        if user.target is getattr:
-            return user.args[1] in TRANSPOSED
+        if is_transposed_attribute(user):
+            return True
         return user.target in VIEWS and not _is_lookup(user)
 
     def has_data(self, use: Use) -> bool:
@@ -173,6 +174,11 @@ class UseGraph:
                     seen.add(user)
                     front.append(user)
         return False
+
+
+def is_transposed_attribute(node: fx.Node) -> bool:
+    """Whether a node reads the transpose that a tensor has as an attribute."""
+    return node.target in _TRANSPOSES or (node.target is getattr and node.args[1] in _TRANSPOSED)
 
 
 def handed_on(node: fx.Node, body: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:

@@ -96,6 +96,33 @@ def test_comparison_starts_equal_and_leaves_its_files(
     assert capsys.readouterr().out.count("finished before") == 2
 
 
+def test_watching_leaves_a_table_and_a_picture_that_a_resumed_run_goes_on_with(
+    pretrain: ModuleType, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = pretrain.Watch.note
+
+    def note_until_stopped(watch: object, step: int, **settings: bool) -> None:
+        if step == STOPPED_AT:
+            raise KeyboardInterrupt
+        note(watch, step, **settings)
+
+    command = [*arguments, "--out", str(tmp_path), "--watch"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretrain.Watch, "note", note_until_stopped)
+        pretrain.main(command)
+    pretrain.main([*command, "--resume"])
+    with (tmp_path / "rotations.csv").open(newline="") as file:
+        points = {(int(line["step"]), line["metric"]): float(line["value"]) for line in csv.DictReader(file)}
+    name = "model.layers.1.mlp.up_proj.weight"
+    for step in range(1, STEPS + 1):
+        assert 1e-4 < points[step, f"angle/{name}"] < 1
+        assert 0 <= points[step, f"orthogonality/{name}"] < 1e-5
+        assert points[step, "retraction_seconds"] > 0
+    drifts = {step: value for (step, metric), value in points.items() if metric == f"spectrum_drift/{name}"}
+    assert drifts.keys() == {1, 2, 4, 5, 6} and drifts[1] == drifts[5] == 0 and max(drifts.values()) < 1e-5
+    assert (tmp_path / "rotations.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

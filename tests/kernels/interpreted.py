@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from poetx_compile.kernels import naive, triton_cayley, triton_gram, triton_rotate, tuning
+from poetx_compile.kernels import dense, naive, triton_cayley, triton_gram, triton_rotate, tuning
 from poetx_compile.kernels.gram import GramSide
 from poetx_compile.kernels.precision import PRECISIONS
 from poetx_compile.kernels.residual import decode
 from poetx_compile.kernels.tuning import GramTiles, RotateTiles
-from poetx_compile.layout import BlockLayout
+from poetx_compile.layout import BlockLayout, StackLayout
 
 SMALL_GRAM = GramTiles(16, 32, 16, 4, 2)
 SMALL_ROTATE = RotateTiles(16, 16, 4, 2)
@@ -68,6 +68,24 @@ def test_block_gram(m: int, n: int, block: int, tokens: int, dtype: torch.dtype,
         actual = triton_gram.block_gram(sides, 0.5, bias, bias_grad, bias_side or 0, tiles)
         assert actual.dtype == torch.float32
         assert (actual - exact).norm() <= 1e-6 * exact.norm() + 1e-7 * size
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+@pytest.mark.parametrize("shape", ((1, 48, 64), (3, 64, 48), (4, 16, 33)))
+def test_projection_of_a_stack(shape: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All matrices in one launch, as further channels."""
+    stack = StackLayout.of(shape, 32, 16)
+    channels = [side.channels(1, place, 0) for place, side in enumerate((stack.rows, stack.columns))]
+    gradient, weight = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+    settings = (*channels, (stack.rows.width, stack.columns.width), (stack.rows.run, stack.columns.run), 2.0)
+    exact = dense.project(gradient.double(), weight.double(), *settings)
+
+    def by_triton(*operands: list[Tensor] | float) -> Tensor:
+        *sides, scale = operands
+        return triton_gram.block_gram([GramSide(*side) for side in zip(*sides)], scale)
+
+    monkeypatch.setattr(dense, "block_gram", by_triton)
+    assert relative(dense.project(gradient, weight, *settings), exact) < 1e-6
 
 
 @given(width=st.sampled_from((16, 32, 48, 80)), count=st.integers(1, 3), log_scale=st.floats(-4, 1))

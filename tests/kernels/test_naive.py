@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from oracle import explicit_weight, orthogonal
+from oracle import orthogonal
 from strategies import SCALES, SEEDS, factors, normal
 from torch import Tensor
 
@@ -20,11 +20,9 @@ from poetx_compile.kernels.naive import (
     block_gram,
     cayley_neumann,
     pack_skew,
-    project,
     rotate_,
     unpack_skew,
 )
-from poetx_compile.layout import BlockLayout
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "transposed", "every second column", "one row repeated")
@@ -290,26 +288,3 @@ def test_left_over_channels_keep_their_bits(data: st.DataObject, dtype: torch.dt
     left_out[factor.row_channels] = False
     left_out[:, factor.column_channels] = False
     assert torch.equal(weight[left_out], before[left_out])
-
-
-# --- The dense route -------------------------------------------------------------------------------------------------
-
-
-@given(factors(), SEEDS)
-def test_projection_is_the_gradient_through_the_explicit_weight(factor: OrthogonalFactor, seed: int) -> None:
-    weight = factor.weight.detach()
-    gradient = normal(*weight.shape, seed=seed)
-    packed = project(gradient, weight, factor.row_channels, factor.rows.width, factor.column_channels, factor.columns.width)
-    by_autograd = torch.func.grad(lambda q: (gradient * explicit_weight(factor, weight, q)).sum())(torch.zeros_like(packed))
-    torch.testing.assert_close(packed * (2 * factor.config.scale), by_autograd, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_projection_of_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
-    layout = BlockLayout.of(24, 8, 4)
-    weight, gradient = (normal(24, 24, seed=seed, dtype=dtype) for seed in range(2))
-    channels = layout.channels(0, 0, 0)
-    packed = project(gradient, weight, channels, 8, channels, 8)
-    exact = project(gradient.double(), weight.double(), channels, 8, channels, 8)
-    assert packed.dtype == torch.float32
-    torch.testing.assert_close(packed.double(), exact, rtol=0, atol=24 * 2.0**-22 * float(exact.abs().max()))

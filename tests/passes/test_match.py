@@ -158,7 +158,7 @@ def test_kernels_of_convolutions_where_the_option_says_so() -> None:
     config = PoetxConfig(block_size=16, include_conv=True)
     layer = nn.Conv2d(16, 32, 3)
     matches, _ = capture(layer, torch.randn(2, 16, 4, 4)).normalized().matched(config)
-    assert matches["weight"].matrices == (1, 32, 144)
+    assert matches["weight"].stack.shape == (1, 32, 144)
     mixed = Wrapped(lambda m, x: F.conv1d(x, m.w).sum() + (x.mT @ m.w.flatten(1).mT), w=parameter(32, 16, 1))
     assert reasons(mixed, torch.randn(2, 16, 4), config=config) == {"w": SkipReason.NOT_A_LINEAR}
 
@@ -168,7 +168,7 @@ def test_stacks_know_their_matrices(stack: Stack) -> None:
     config = PoetxConfig(block_size=16, include_conv=True)
     captured = capture(stack.layer(), torch.randn(stack.x, dtype=torch.float64)).normalized()
     found = captured.matched(config)[0]["weight"]
-    assert (found.matrices, found.uses) == (stack.matrices, ())
+    assert (found.stack.shape, found.uses) == (stack.matrices, ())
 
 
 def test_one_matrix_of_zeros_keeps_a_stack_ordinary() -> None:
