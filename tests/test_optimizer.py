@@ -219,6 +219,11 @@ class TestHowScriptsUseThem:
         plan.run(explicit, explicit.parameters(), grouped(explicit.parameters()), explicit.fold)
         close(values(model), values(explicit.model))
 
+    @pytest.mark.xfail(
+        torch.__version__ < "2.12",
+        reason="torch 2.11 does not compile anew for a thawed weight, with any backend",
+        strict=True,
+    )
     def test_layers_thawed_and_added_late(self) -> None:
         model = network()
         explicit = Explicit(model)
