@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .config import PoetxConfig
 from .errors import PoetxError, PoetxWarning
 from .factor import OrthogonalFactor, factors
 from .kernels import HALF
@@ -24,7 +25,7 @@ _NUMBERS_AT_ONCE = 1 << 22
 _PREFIX = "poetx_"
 _CODE = "poetx_code_"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_SETTINGS = ("block_size", "chunk", "scale")
+_SETTINGS = ("block_size", "chunk", "scale", "residual_bits")
 _PLACE = ("poetx_key", "poetx_epoch", "poetx_steps")
 _SHAPE = ("poetx_count", "poetx_rows", "poetx_columns")
 _FACTS = (*(_PREFIX + name for name in _SETTINGS), *_PLACE, *_SHAPE)
@@ -136,7 +137,7 @@ def _decoded(factor: OrthogonalFactor, entry: Entry) -> Entry:
                 stacklevel=4,
             )
         else:
-            residual = residual.to(torch.uint8).view(torch.int8)
+            residual = residual.to(torch.uint8).view(factor.residual.dtype)
     factor.resume(key, epoch, steps, residual)
     live = {}
     dtype = _DTYPES[entry["poetx_dtype"]]
@@ -187,7 +188,7 @@ def check_settings(factor: OrthogonalFactor, entry: Entry) -> None:
         )
     name = _other_setting(factor, entry)
     if name is not None:
-        saved, now = entry[_PREFIX + name], getattr(factor.config, name)
+        saved, now = _saved_setting(entry, name), getattr(factor.config, name)
         raise PoetxError(
             f"poetx: the checkpoint's '{factor.name}' was trained with {name}={saved}, this run asks for {now}; pass "
             f"options={{'{name}': {saved}}} to torch.compile"
@@ -195,7 +196,11 @@ def check_settings(factor: OrthogonalFactor, entry: Entry) -> None:
 
 
 def _other_setting(factor: OrthogonalFactor, entry: Entry) -> str | None:
-    return next((name for name in _SETTINGS if entry[_PREFIX + name] != getattr(factor.config, name)), None)
+    return next((name for name in _SETTINGS if _saved_setting(entry, name) != getattr(factor.config, name)), None)
+
+
+def _saved_setting(entry: Entry, name: str) -> Any:
+    return entry.get(_PREFIX + name, getattr(PoetxConfig, name))  # older checkpoints do not name what had one value only
 
 
 def _other_shape(factor: OrthogonalFactor, entry: Entry) -> tuple[int, ...] | None:

@@ -15,8 +15,15 @@ from .errors import PoetxError
 ROUTES = ("auto", "gram", "dense")
 PRECISIONS = ("auto", "ieee", "tf32x3", "tf32")
 INNER = ("inductor", "aot_eager")
+RESIDUAL_BITS = (8, 4, 0)
 HEADS = ("lm_head", "head", "heads", "classifier", "score", "embed_out", "output_projection")
 
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "residual_bits": RESIDUAL_BITS,
+    "route": ROUTES,
+    "precision": PRECISIONS,
+    "inner": INNER,
+}
 _COALESCED = 32
 
 
@@ -43,6 +50,9 @@ class PoetxConfig:
 
     seed: int = 0
     """Permutations depend on (seed, parameter name, number of the draw) only."""
+
+    residual_bits: int = 8
+    """Of half-precision weights: how many bits below their 16 are kept, 8, 4 or 0. With 0 each fold rounds stochastically."""
 
     exclude: tuple[str, ...] = ()
     """Weights to leave alone: ``fnmatch`` patterns on the whole name, or one component of it (``"gate"``)."""
@@ -76,9 +86,10 @@ class PoetxConfig:
         if self.chunk == 0:
             object.__setattr__(self, "chunk", max(math.gcd(self.block_size, _COALESCED), min(self.block_size, 8)))
         self._check_numbers()
-        for name, choices in (("route", ROUTES), ("precision", PRECISIONS), ("inner", INNER)):
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise PoetxError(f"poetx: option {name!r} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+                allowed = ", ".join(map(str, choices))
+                raise PoetxError(f"poetx: option {name!r} must be one of {allowed}, not {getattr(self, name)!r}")
 
     @staticmethod
     def _names(name: str, value: Any) -> tuple[str, ...]:

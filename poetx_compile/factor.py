@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from . import kernels
 from .config import PoetxConfig
 from .errors import PoetxError
-from .layout import BlockLayout, StackLayout, permutation_key
+from .layout import BlockLayout, StackLayout, permutation_key, rounding_seed
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class OrthogonalFactor:
             blocks, then of all column blocks. Zero whenever the model runs; what the optimizer writes there is this step's
             rotation.
         row_channels, column_channels: int64, the channels of the blocks; their storage stays for life.
-        residual: int8 of the weight's shape for half-precision weights, else None.
+        residual: what half-precision weights lose by rounding: int8 of the weight's shape, or two numbers a byte, or None.
         epoch: number of the current draw of permutations.
         steps: counted optimizer steps.
         route: how its gradient is made: ``gram`` or ``dense``.
@@ -65,7 +65,7 @@ class OrthogonalFactor:
         self.q = nn.Parameter(torch.zeros(self.stack.skew, dtype=dtype, device=device))
         self.row_channels = torch.empty(self.rows.rotated, dtype=torch.int64, device=device)
         self.column_channels = torch.empty(self.columns.rotated, dtype=torch.int64, device=device)
-        self.residual = torch.zeros_like(weight, dtype=torch.int8) if weight.dtype in kernels.HALF else None
+        self.residual = kernels.new_residual(weight, self.stack.shape, config.residual_bits)
         self.draw()
         self._shape = weight.shape
         self._dtype = weight.dtype
@@ -88,7 +88,7 @@ class OrthogonalFactor:
         """Of the products that make and apply rotations, on a GPU: by default that of the 24 bits, or 16, of the weight."""
         if self.config.precision != "auto":
             return self.config.precision
-        return "tf32" if self.residual is not None else "tf32x3"
+        return "tf32" if self.weight.dtype in kernels.HALF else "tf32x3"
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,13 +131,15 @@ class OrthogonalFactor:
         given = iter(rotations)
         weight, residual = self.weight, self.residual
         matrices = weight.data.reshape(self.stack.shape)
-        residuals = None if residual is None else residual.reshape(self.stack.shape)
+        residuals = None if residual is None else residual.reshape(*self.stack.shape[:2], -1)
+        is_lossy = residual is None and weight.dtype in kernels.HALF
         for place, matrix in enumerate(matrices):
             remainder = None if residuals is None else residuals[place]
             rows = next(given) if self.rows.count else None
             columns = next(given) if self.columns.count else None
             sides = (rows, self.row_channels, columns, self.column_channels)
-            kernels.rotate_(matrix, remainder, *sides, self.columns.run, self.precision)
+            seed = rounding_seed(self.key, self.steps, place) if is_lossy else None
+            kernels.rotate_(matrix, remainder, *sides, self.columns.run, self.precision, seed)
         _write_back(weight.data, matrices)
         if residual is not None and residuals is not None:
             _write_back(residual, residuals)
@@ -196,7 +198,7 @@ class OrthogonalFactor:
         self.row_channels = self.row_channels.to(weight.device)
         self.column_channels = self.column_channels.to(weight.device)
         if weight.dtype != self._dtype:
-            self.residual = torch.zeros_like(weight, dtype=torch.int8) if weight.dtype in kernels.HALF else None
+            self.residual = kernels.new_residual(weight, self.stack.shape, self.config.residual_bits)
         elif self.residual is not None:
             self.residual = self.residual.to(weight.device)
         self._dtype = weight.dtype

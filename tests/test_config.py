@@ -36,6 +36,8 @@ WRONG = [
     ("permutation_period", 1.5, "'permutation_period' must be int"),
     ("seed", 0.5, "'seed' must be int"),
     ("seed", None, "'seed' must be int"),
+    ("residual_bits", 6, "'residual_bits' must be one of 8, 4, 0, not 6"),
+    ("residual_bits", "8", "'residual_bits' must be int"),
     ("exclude", "gate", "'exclude' must be a list of names, not 'gate'"),
     ("exclude", ["gate", 3], "'exclude' must be a list of names"),
     ("exclude", None, "'exclude' must be a list of names, not None"),

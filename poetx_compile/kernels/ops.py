@@ -24,7 +24,7 @@ library.define(
 library.define("cayley_neumann(Tensor skew, int width, float scale, str precision='tf32x3') -> Tensor")
 library.define(
     "rotate_(Tensor(a!) weight, Tensor(b!)? residual, Tensor? rows, Tensor row_channels, Tensor? columns,"
-    " Tensor column_channels, int run=1, str precision='tf32x3') -> ()"
+    " Tensor column_channels, int run=1, str precision='tf32x3', int? seed=None) -> ()"
 )
 
 
@@ -71,11 +71,12 @@ def _rotate_(
     column_channels: Tensor,
     run: int = 1,
     precision: str = "tf32x3",
+    seed: int | None = None,
 ) -> None:
     widths = [side.shape[-1] for side in (rows, columns) if side is not None]
     _check(precision)
     stored = [weight] if residual is None else [weight, residual]
-    is_whole = residual is not None or weight.dtype not in HALF
+    is_whole = weight.dtype not in HALF if residual is None else residual.dtype == torch.int8
     if _fits(weight, *widths) and is_whole and all(tensor.is_contiguous() for tensor in stored):
         from . import triton_rotate
 
@@ -83,7 +84,7 @@ def _rotate_(
             triton_rotate.rotate_(weight, residual, rows, row_channels, columns, column_channels, run, precision)
     else:
         rows, columns = (None if side is None else unscaled(side) for side in (rows, columns))
-        naive.rotate_(weight, residual, rows, row_channels, columns, column_channels)
+        naive.rotate_(weight, residual, rows, row_channels, columns, column_channels, seed)
 
 
 def _check(precision: str) -> None:
