@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 ROWS, COLUMNS = 0, 1
 
-_SKEWS_PER_BATCH = 1 << 22
+SKEWS_PER_BATCH = 1 << 22
 """Skew parameters whose rotations are made at once: about 300 MB of scratch memory, more where one weight has more."""
 
 
@@ -240,7 +240,7 @@ def retract_all(work: Iterable[tuple[OrthogonalFactor, float]], look: Callable[[
     for factor, gain in work:
         batch.append((factor, gain))
         size += factor.q.numel()
-        if size >= _SKEWS_PER_BATCH:
+        if size >= SKEWS_PER_BATCH:
             made += _rotations(batch)
             batch, size = [], 0
     made += _rotations(batch)
