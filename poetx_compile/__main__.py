@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from . import bench, doctor, plan
-from .config import INNER, PoetxConfig
+from .config import INNER, SKEW_DTYPES, PoetxConfig
 from .errors import PoetxError
 
 
@@ -26,6 +26,7 @@ def main() -> int:
     ahead.add_argument("--batch", type=int, default=1, help="sequences of a micro-batch")
     ahead.add_argument("--dtype", choices=plan.DTYPES, default="bfloat16", help="of the weights")
     ahead.add_argument("--block-size", type=int, default=PoetxConfig.block_size)
+    ahead.add_argument("--skew-dtype", choices=SKEW_DTYPES, default=PoetxConfig.skew_dtype)
     ahead.add_argument("--ordinary", action="store_true", help="estimate torch.compile with AdamW beside it")
     ahead.add_argument(
         "--fused", action="store_true", help="with AdamW(fused=True), which needs no memory beside its states"

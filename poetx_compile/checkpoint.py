@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .config import PoetxConfig
+from .config import SKEW_DTYPES, PoetxConfig
 from .errors import PoetxError, PoetxWarning
 from .factor import OrthogonalFactor, factors
 from .kernels import HALF
@@ -25,7 +25,7 @@ _NUMBERS_AT_ONCE = 1 << 22
 _PREFIX = "poetx_"
 _CODE = "poetx_code_"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_SETTINGS = ("block_size", "chunk", "scale", "residual_bits")
+_SETTINGS = ("block_size", "chunk", "scale", "residual_bits", "skew_dtype")
 _PLACE = ("poetx_key", "poetx_epoch", "poetx_steps")
 _SHAPE = ("poetx_count", "poetx_rows", "poetx_columns")
 _FACTS = (*(_PREFIX + name for name in _SETTINGS), *_PLACE, *_SHAPE)
@@ -101,7 +101,7 @@ def adopt(optimizer: Optimizer) -> bool:
 
 
 def _facts(factor: OrthogonalFactor) -> Entry:
-    settings = [getattr(factor.config, name) for name in _SETTINGS]
+    settings = [_as_number(getattr(factor.config, name)) for name in _SETTINGS]
     return dict(zip(_FACTS, [*settings, factor.key, factor.epoch, factor.steps, *factor.stack.shape]))
 
 
@@ -191,7 +191,7 @@ def check_settings(factor: OrthogonalFactor, entry: Entry) -> None:
         saved, now = _saved_setting(entry, name), getattr(factor.config, name)
         raise PoetxError(
             f"poetx: the checkpoint's '{factor.name}' was trained with {name}={saved}, this run asks for {now}; pass "
-            f"options={{'{name}': {saved}}} to torch.compile"
+            f"options={{'{name}': {saved!r}}} to torch.compile"
         )
 
 
@@ -200,7 +200,14 @@ def _other_setting(factor: OrthogonalFactor, entry: Entry) -> str | None:
 
 
 def _saved_setting(entry: Entry, name: str) -> Any:
-    return entry.get(_PREFIX + name, getattr(PoetxConfig, name))  # older checkpoints do not name what had one value only
+    """Older checkpoints do not name what had one value only."""
+    default = getattr(PoetxConfig, name)
+    saved = entry.get(_PREFIX + name, default)
+    return SKEW_DTYPES[saved] if isinstance(default, str) and not isinstance(saved, str) else saved
+
+
+def _as_number(setting: float | str) -> float:
+    return SKEW_DTYPES.index(setting) if isinstance(setting, str) else setting
 
 
 def _other_shape(factor: OrthogonalFactor, entry: Entry) -> tuple[int, ...] | None:

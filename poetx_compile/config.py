@@ -16,10 +16,12 @@ ROUTES = ("auto", "gram", "dense")
 PRECISIONS = ("auto", "ieee", "tf32x3", "tf32")
 INNER = ("inductor", "aot_eager")
 RESIDUAL_BITS = (8, 4, 0)
+SKEW_DTYPES = ("float32", "bfloat16")
 HEADS = ("lm_head", "head", "heads", "classifier", "score", "embed_out", "output_projection")
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "residual_bits": RESIDUAL_BITS,
+    "skew_dtype": SKEW_DTYPES,
     "route": ROUTES,
     "precision": PRECISIONS,
     "inner": INNER,
@@ -53,6 +55,9 @@ class PoetxConfig:
 
     residual_bits: int = 8
     """Of half-precision weights: how many bits below their 16 are kept, 8, 4 or 0. With 0 each fold rounds stochastically."""
+
+    skew_dtype: str = "float32"
+    """Of ``q`` of half-precision weights, its gradient and its optimizer states: ``float32``, or ``bfloat16`` for half of it."""
 
     exclude: tuple[str, ...] = ()
     """Weights to leave alone: ``fnmatch`` patterns on the whole name, or one component of it (``"gate"``)."""

@@ -33,9 +33,9 @@ class OrthogonalFactor:
 
     Attributes:
         stack: the matrices of the weight, and their blocks.
-        q: ``nn.Parameter``, 1-D, float32 (float64 for float64 weights): for each matrix packed skew parameters of all row
-            blocks, then of all column blocks. Zero whenever the model runs; what the optimizer writes there is this step's
-            rotation.
+        q: ``nn.Parameter``, 1-D, float32 (float64 for float64 weights, bfloat16 for half-precision ones if so set): for each
+            matrix packed skew parameters of all row blocks, then of all column blocks. Zero whenever the model runs; what the
+            optimizer writes there is this step's rotation.
         row_channels, column_channels: int64, the channels of the blocks; their storage stays for life.
         residual: what half-precision weights lose by rounding: int8 of the weight's shape, or two numbers a byte, or None.
         epoch: number of the current draw of permutations.
@@ -61,8 +61,7 @@ class OrthogonalFactor:
         self.is_reduced = False
         self.hook: RemovableHandle | None = None
         device = weight.device
-        dtype = kernels.master_dtype(weight.dtype)
-        self.q = nn.Parameter(torch.zeros(self.stack.skew, dtype=dtype, device=device))
+        self.q = nn.Parameter(torch.zeros(self.stack.skew, dtype=self._skew_dtype(weight.dtype), device=device))
         self.row_channels = torch.empty(self.rows.rotated, dtype=torch.int64, device=device)
         self.column_channels = torch.empty(self.columns.rotated, dtype=torch.int64, device=device)
         self.residual = kernels.new_residual(weight, self.stack.shape, config.residual_bits)
@@ -95,6 +94,10 @@ class OrthogonalFactor:
         """What a rewritten graph takes beside the weight."""
         return self.q, self.row_channels, self.column_channels
 
+    def _skew_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        is_short = self.config.skew_dtype == "bfloat16" and dtype in kernels.HALF
+        return torch.bfloat16 if is_short else kernels.master_dtype(dtype)
+
     def draw(self) -> None:
         """Write the permutations of the current epoch into place."""
         self.row_channels.copy_(self.rows.channels(self.key, ROWS, self.epoch))
@@ -104,7 +107,8 @@ class OrthogonalFactor:
         """The gradient of ``q`` that belongs to a gradient of the weight, of its shape: the dense route."""
         sides = (self.row_channels, self.rows.width, self.column_channels, self.columns.width)
         pairs = zip(gradient.reshape(self.stack.shape), self.weight.detach().reshape(self.stack.shape))
-        return torch.cat([kernels.project(dense, matrix, *sides) for dense, matrix in pairs]) * (2 * self.config.scale)
+        packed = torch.cat([kernels.project(dense, matrix, *sides) for dense, matrix in pairs])
+        return (packed * (2 * self.config.scale)).to(self.q.dtype)
 
     def clear(self) -> None:
         """Forget a rotation that was never folded: the weight stays as it was before the step."""
@@ -191,7 +195,7 @@ class OrthogonalFactor:
             )
         if weight.device == self.q.device and weight.dtype == self._dtype:
             return
-        dtype = kernels.master_dtype(weight.dtype)
+        dtype = self._skew_dtype(weight.dtype)
         grad, self.q.grad = self.q.grad, None
         self.q.data = self.q.data.to(weight.device, dtype)
         self.q.grad = None if grad is None else grad.to(weight.device, dtype)
@@ -258,7 +262,8 @@ def _rotations(batch: list[tuple[OrthogonalFactor, float]]) -> Turns:
             groups[key].append((factor, place, side.count, packed))
     rotations: dict[tuple[OrthogonalFactor, int], Tensor] = {}
     for (width, scale, precision, *_), members in groups.items():
-        turned = kernels.cayley_neumann(torch.cat([packed for *_, packed in members]), width, scale, precision)
+        skews = torch.cat([packed for *_, packed in members])
+        turned = kernels.cayley_neumann(skews.to(kernels.master_dtype(skews.dtype)), width, scale, precision)
         parts = turned.split([count for _, _, count, _ in members])
         rotations.update({(factor, place): part for (factor, place, *_), part in zip(members, parts)})
     return [(factor, [rotations[factor, place] for place, _ in enumerate(factor.skews())]) for factor, _ in batch]

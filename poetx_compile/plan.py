@@ -46,6 +46,7 @@ def run(
     batch: int,
     dtype: str = "bfloat16",
     block_size: int = PoetxConfig.block_size,
+    skew_dtype: str = PoetxConfig.skew_dtype,
     ordinary: bool = False,
     fused: bool = False,
     console: Console | None = None,
@@ -65,7 +66,15 @@ def run(
     if min(seq, batch) < 1:
         raise PoetxError(f"poetx: --seq and --batch must be 1 or more, not {seq} and {batch}")
     card = None if gpu is None else parse_size(gpu)
-    choices = plan(read_config(model), seq, batch, DTYPES[dtype], PoetxConfig(block_size=block_size), ordinary, fused)
+    choices = plan(
+        read_config(model),
+        seq,
+        batch,
+        DTYPES[dtype],
+        PoetxConfig(block_size=block_size, skew_dtype=skew_dtype),
+        ordinary,
+        fused,
+    )
     (console or Console()).print(_table(choices, card, f"{model}, {batch} × {seq} tokens, {dtype}, {'fused ' * fused}AdamW"))
     return card is None or any(choice.estimate.total <= card for choice in choices)
 

@@ -180,6 +180,26 @@ class TestResume:
         exact(state(resumed.save()), state(run.save()))
 
     @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+    @settings(max_examples=8)
+    @given(kind=st.sampled_from(list(OPTIMIZERS)), load=st.sampled_from(MOMENTS), saved_at=st.integers(1, 6))
+    def test_is_exact_with_bfloat16_skews(
+        self, dtype: str, kind: str, load: Callable[[Run, io.BytesIO], None], saved_at: int
+    ) -> None:
+        make = partial(Run, kind, DTYPES[dtype], permutation_period=3, skew_dtype="bfloat16")
+        run = make().compile().train(0, saved_at)
+        weight = run.model[0].weight
+        assert weight.grad is None
+        assert factor_of(weight).q.dtype == torch.bfloat16
+        moments = [value for value in run.optimizer.state[weight].values() if torch.is_tensor(value)]
+        assert all(value.dtype == torch.bfloat16 for value in moments if value.shape == factor_of(weight).q.shape)
+        resumed, file = make(), make().compile().load(run.save()).save()
+        load(resumed, file)
+        run.train(saved_at, LAST)
+        resumed.train(saved_at, LAST)
+        exact(values(resumed.model), values(run.model))
+        exact(state(resumed.save()), state(run.save()))
+
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
     @pytest.mark.parametrize("bits", [4, 0])
     @settings(max_examples=6)
     @given(load=st.sampled_from(MOMENTS), saved_at=st.integers(1, 6), saved_again=st.booleans())
@@ -330,6 +350,12 @@ class TestRefusals:
         with pytest.raises(PoetxError, match=rf"'0\.weight' was trained with {name}={saved}.*options={{'{name}': {saved}}}"):
             run.train(2, 3)
         assert factor_of(run.model[0].weight).steps == 0
+
+    def test_another_dtype_of_skews(self) -> None:
+        file = Run(dtype=torch.bfloat16, skew_dtype="bfloat16").compile().train(0, 2).save()
+        run = Run(dtype=torch.bfloat16).compile().load(file)
+        with pytest.raises(PoetxError, match=r"trained with skew_dtype=bfloat16.*options={'skew_dtype': 'bfloat16'}"):
+            run.train(2, 3)
 
     @pytest.mark.parametrize("kind", ["AdamW", "SGD, momentum", "Adagrad", "Adafactor", "RMSprop"])
     @pytest.mark.parametrize("load", [before_compilation, before_the_first_forward, after_the_first_forward])

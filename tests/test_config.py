@@ -38,6 +38,7 @@ WRONG = [
     ("seed", None, "'seed' must be int"),
     ("residual_bits", 6, "'residual_bits' must be one of 8, 4, 0, not 6"),
     ("residual_bits", "8", "'residual_bits' must be int"),
+    ("skew_dtype", "float16", "'skew_dtype' must be one of float32, bfloat16, not 'float16'"),
     ("exclude", "gate", "'exclude' must be a list of names, not 'gate'"),
     ("exclude", ["gate", 3], "'exclude' must be a list of names"),
     ("exclude", None, "'exclude' must be a list of names, not None"),

@@ -349,6 +349,23 @@ def test_a_fold_of_nothing_changes_nothing(dtype: torch.dtype, bits: int) -> Non
     assert torch.equal(master(factor), before)
 
 
+@of_dtypes
+def test_bfloat16_skews_are_of_half_precision_weights_and_folded_in_float32(dtype: torch.dtype) -> None:
+    factor = small_factor(dtype, PoetxConfig(block_size=16, chunk=4, skew_dtype="bfloat16"))
+    twin = small_factor(dtype)
+    assert factor.q.dtype == (torch.bfloat16 if dtype in HALF else twin.q.dtype)
+    assert factor.project(torch.ones_like(factor.weight)).dtype == factor.q.dtype
+    q = turn(factor, seed=0)
+    with torch.no_grad():
+        twin.q.copy_(q)
+    factor.retract()
+    twin.retract()
+    assert torch.equal(master(factor), master(twin))
+    factor.weight.data = factor.weight.data.float()
+    factor.follow_weight()
+    assert factor.q.dtype == torch.float32
+
+
 # --- Permutations ----------------------------------------------------------------------------------------------------
 
 
