@@ -27,6 +27,9 @@ def main() -> int:
     ahead.add_argument("--dtype", choices=plan.DTYPES, default="bfloat16", help="of the weights")
     ahead.add_argument("--block-size", type=int, default=PoetxConfig.block_size)
     ahead.add_argument("--skew-dtype", choices=SKEW_DTYPES, default=PoetxConfig.skew_dtype)
+    ahead.add_argument(
+        "--activation-memory-budget", type=float, default=PoetxConfig.activation_memory_budget, metavar="SHARE"
+    )
     ahead.add_argument("--ordinary", action="store_true", help="estimate torch.compile with AdamW beside it")
     ahead.add_argument(
         "--fused", action="store_true", help="with AdamW(fused=True), which needs no memory beside its states"

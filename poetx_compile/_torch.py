@@ -7,7 +7,7 @@ import gc
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any, get_origin
 
@@ -142,6 +142,13 @@ def partition_with_inductor(
     with config.patch(enable_autograd_cache=False):
         partitioned: Any = compile_fx(gm, list(inputs), inner_compile=uncompiled)
     return partitioned
+
+
+def activation_budget(share: float) -> AbstractContextManager[Any]:
+    """What is compiled inside saves at most this share of its activations, and computes the others again; 1 changes nothing."""
+    from torch._functorch import config
+
+    return config.patch(activation_memory_budget=share) if share < 1 else nullcontext()
 
 
 def inductor_option_names() -> set[str]:

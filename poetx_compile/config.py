@@ -59,6 +59,9 @@ class PoetxConfig:
     skew_dtype: str = "float32"
     """Of ``q`` of half-precision weights, its gradient and its optimizer states: ``float32``, or ``bfloat16`` for half of it."""
 
+    activation_memory_budget: float = 1.0
+    """Share of the activations that a compiled graph may save for its backward, from 0 to 1; it computes the others again."""
+
     exclude: tuple[str, ...] = ()
     """Weights to leave alone: ``fnmatch`` patterns on the whole name, or one component of it (``"gate"``)."""
 
@@ -117,6 +120,10 @@ class PoetxConfig:
             )
         if not 0 < self.scale < float("inf"):
             raise PoetxError(f"poetx: option 'scale' must be positive and finite, not {self.scale}")
+        if not 0 <= self.activation_memory_budget <= 1:
+            raise PoetxError(
+                f"poetx: option 'activation_memory_budget' must be from 0 to 1, not {self.activation_memory_budget}"
+            )
         if self.permutation_period < 0:
             raise PoetxError(f"poetx: option 'permutation_period' must be 0 or more, not {self.permutation_period}")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ._torch import copy_graph, fake_tensors, partition_with_inductor, storage_of
+from ._torch import activation_budget, copy_graph, fake_tensors, partition_with_inductor, storage_of
 from .config import PoetxConfig
 from .errors import PoetxError
 from .factor import SKEWS_PER_BATCH, OrthogonalFactor
@@ -122,7 +122,8 @@ def trace(
             if config is not None and torch.is_grad_enabled():
                 with fake:  # Dynamo left it to call this
                     extra = _convert(edited, inputs, config, planned)
-            partitioned = partition_with_inductor(edited, [*inputs, *extra], traced.note)
+            with activation_budget(config.activation_memory_budget if config else 1.0):
+                partitioned = partition_with_inductor(edited, [*inputs, *extra], traced.note)
             return lambda *args: partitioned(*args, *extra)
 
         loss(torch.compile(model, backend=backend)).backward()

@@ -47,6 +47,7 @@ def run(
     dtype: str = "bfloat16",
     block_size: int = PoetxConfig.block_size,
     skew_dtype: str = PoetxConfig.skew_dtype,
+    activation_memory_budget: float = PoetxConfig.activation_memory_budget,
     ordinary: bool = False,
     fused: bool = False,
     console: Console | None = None,
@@ -66,15 +67,8 @@ def run(
     if min(seq, batch) < 1:
         raise PoetxError(f"poetx: --seq and --batch must be 1 or more, not {seq} and {batch}")
     card = None if gpu is None else parse_size(gpu)
-    choices = plan(
-        read_config(model),
-        seq,
-        batch,
-        DTYPES[dtype],
-        PoetxConfig(block_size=block_size, skew_dtype=skew_dtype),
-        ordinary,
-        fused,
-    )
+    settings = PoetxConfig(block_size=block_size, skew_dtype=skew_dtype, activation_memory_budget=activation_memory_budget)
+    choices = plan(read_config(model), seq, batch, DTYPES[dtype], settings, ordinary, fused)
     (console or Console()).print(_table(choices, card, f"{model}, {batch} × {seq} tokens, {dtype}, {'fused ' * fused}AdamW"))
     return card is None or any(choice.estimate.total <= card for choice in choices)
 

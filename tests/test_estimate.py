@@ -107,6 +107,33 @@ def test_what_the_forward_pass_saves_is_what_a_compiled_model_saves(name: str, c
     assert found.saved == saved_bytes(model, compiled, loss)
 
 
+@pytest.mark.parametrize("inner", ["inductor", "aot_eager"])
+def test_an_activation_budget_saves_less_and_keeps_the_gradients(inner: str) -> None:
+    build, loss = case("llama", torch.float32)
+    saved, gradients, start = [], [], build().state_dict()
+    for budget in (1.0, 0.5, 0.1):
+        torch._dynamo.reset()
+        options = OPTIONS | {"activation_memory_budget": budget, "inner": inner}
+        model = build()
+        model.load_state_dict(start)
+        model.optimizer = torch.optim.AdamW(model.parameters())  # without one, gradients of rotations are warned of
+        saved.append(saved_bytes(model, torch.compile(model, backend="poetx", options=options), loss))
+        gradients.append([weight.grad for weight in model.parameters()])
+    assert saved[1] < 0.7 * saved[0]
+    assert saved[2] < 0.3 * saved[0]
+    for others in gradients[1:]:
+        torch.testing.assert_close(others, gradients[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("budget", [0.5, 0.1])
+def test_an_activation_budget_is_estimated(budget: float) -> None:
+    build, loss = case("llama", torch.bfloat16)
+    options = OPTIONS | {"activation_memory_budget": budget}
+    found = estimate(trace(build, loss, PoetxConfig(**options)))
+    model = build()
+    assert found.saved == saved_bytes(model, torch.compile(model, backend="poetx", options=options), loss)
+
+
 def test_nothing_is_allocated() -> None:
     """A layer of 40 GB."""
 
