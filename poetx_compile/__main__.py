@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import bench, doctor
-from .config import INNER
+from . import bench, doctor, plan
+from .config import INNER, SKEW_DTYPES, PoetxConfig
 from .errors import PoetxError
 
 
@@ -17,10 +17,30 @@ def main() -> int:
     check.add_argument("--inner", choices=INNER, default="inductor", help="aot_eager needs no C++ compiler")
     measure = commands.add_parser("bench", help="measure the kernels on this machine")
     measure.add_argument("what", choices=["tune"], help="tune: find the fastest tiles for this GPU (minutes), and keep them")
-    arguments = parser.parse_args()
-    if arguments.command == "doctor":
-        return 0 if doctor.run(arguments.inner) else 1
+    ahead = commands.add_parser("plan", help="estimate the memory of a training step, without a GPU and without allocating")
+    ahead.add_argument("--model", required=True, help="config.json, its folder, or llama:hidden=4096,layers=32,heads=32,...")
+    ahead.add_argument(
+        "--gpu", help="memory of the card, such as 24GB or 80GiB: also says what fits, by the exit status too"
+    )
+    ahead.add_argument("--seq", type=int, required=True, help="tokens of a sequence")
+    ahead.add_argument("--batch", type=int, default=1, help="sequences of a micro-batch")
+    ahead.add_argument("--dtype", choices=plan.DTYPES, default="bfloat16", help="of the weights")
+    ahead.add_argument("--block-size", type=int, default=PoetxConfig.block_size)
+    ahead.add_argument("--skew-dtype", choices=SKEW_DTYPES, default=PoetxConfig.skew_dtype)
+    ahead.add_argument(
+        "--activation-memory-budget", type=float, default=PoetxConfig.activation_memory_budget, metavar="SHARE"
+    )
+    ahead.add_argument("--ordinary", action="store_true", help="estimate torch.compile with AdamW beside it")
+    ahead.add_argument(
+        "--fused", action="store_true", help="with AdamW(fused=True), which needs no memory beside its states"
+    )
+    arguments = vars(parser.parse_args())
+    command = arguments.pop("command")
     try:
+        if command == "doctor":
+            return 0 if doctor.run(arguments["inner"]) else 1
+        if command == "plan":
+            return 0 if plan.run(**arguments) else 1
         bench.tune()
     except PoetxError as error:
         print(error, file=sys.stderr)

@@ -7,7 +7,7 @@ import gc
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any, get_origin
 
@@ -135,6 +135,46 @@ def compile_with_aot_eager(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callabl
     return aot_eager(gm, list(inputs))
 
 
+def partition_with_inductor(
+    gm: fx.GraphModule, inputs: Sequence[Any], note: Callable[[fx.GraphModule, bool, Sequence[int]], None]
+) -> Callable[..., Any]:
+    """Trace, decompose and cut a graph as :func:`compile_with_inductor` does, and generate no code.
+
+    Args:
+        note: receives each aten graph that Inductor would compile, whether it is a backward, and which inputs of a forward are
+            parameters, buffers and others that stay for life.
+
+    Returns:
+        What runs no op, and returns empty tensors of the shapes that these graphs would make.
+    """
+    from torch._functorch import config
+    from torch._inductor.compile_fx import compile_fx
+
+    def uncompiled(graph: fx.GraphModule, example_inputs: Any, **settings: Any) -> Any:
+        note(graph, bool(settings.get("is_backward")), settings["static_input_idxs"])
+        made = fx.map_arg(graph.graph.output_node().args[0], lambda node: node.meta.get("val"))
+
+        def run(inputs: list[Any]) -> Any:
+            return map_tensors(
+                lambda tensor: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device),
+                made,
+            )
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    with config.patch(enable_autograd_cache=False):
+        partitioned: Any = compile_fx(gm, list(inputs), inner_compile=uncompiled)
+    return partitioned
+
+
+def activation_budget(share: float) -> AbstractContextManager[Any]:
+    """What is compiled inside saves at most this share of its activations, and computes the others again; 1 changes nothing."""
+    from torch._functorch import config
+
+    return config.patch(activation_memory_budget=share) if share < 1 else nullcontext()
+
+
 def inductor_option_names() -> set[str]:
     from torch._inductor import config
 
@@ -172,6 +212,18 @@ def tensors_in(tree: Any) -> list[Tensor]:
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """Nested containers with every tensor replaced."""
     return torch.utils._pytree.tree_map_only(Tensor, function, tree)
+
+
+def fake_tensors() -> AbstractContextManager[Any]:
+    """Inside, tensors have shapes, dtypes and strides, and no memory."""
+    return torch._subclasses.FakeTensorMode()
+
+
+def storage_of(tensor: Tensor) -> object:
+    """Equal for tensors that share memory, or would if they had any."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 # --- Parameters ------------------------------------------------------------------------------------------------------

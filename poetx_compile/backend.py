@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, fx
 
 from . import conversion, optimizer
-from ._torch import compile_with_aot_eager, compile_with_inductor, copy_graph, fake_beside, is_fake, live_inputs
+from ._torch import (
+    activation_budget,
+    compile_with_aot_eager,
+    compile_with_inductor,
+    copy_graph,
+    fake_beside,
+    is_fake,
+    live_inputs,
+)
 from .config import PoetxConfig, split_options
 from .factor import OrthogonalFactor, factors
 from .passes import LinearMatch, choose_route, match, normalize, rewrite
@@ -84,9 +92,10 @@ def convert(
 
 
 def _compile(gm: fx.GraphModule, inputs: Sequence[Any], config: PoetxConfig, patches: dict[str, Any]) -> Compiled:
-    if config.inner == "aot_eager":
-        return compile_with_aot_eager(gm, inputs)
-    return compile_with_inductor(gm, inputs, patches)
+    with activation_budget(config.activation_memory_budget):
+        if config.inner == "aot_eager":
+            return compile_with_aot_eager(gm, inputs)
+        return compile_with_inductor(gm, inputs, patches)
 
 
 @dataclass(frozen=True)

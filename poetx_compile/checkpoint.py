@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _torch
+from .config import SKEW_DTYPES, PoetxConfig
 from .errors import PoetxError, PoetxWarning
 from .factor import OrthogonalFactor, factors
 from .kernels import HALF
@@ -25,7 +26,7 @@ _NUMBERS_AT_ONCE = 1 << 22
 _PREFIX = "poetx_"
 _CODE = "poetx_code_"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_SETTINGS = ("block_size", "chunk", "scale")
+_SETTINGS = ("block_size", "chunk", "scale", "residual_bits", "skew_dtype")
 _PLACE = ("poetx_key", "poetx_epoch", "poetx_steps")
 _SHAPE = ("poetx_count", "poetx_rows", "poetx_columns")
 _FACTS = (*(_PREFIX + name for name in _SETTINGS), *_PLACE, *_SHAPE)
@@ -101,7 +102,7 @@ def adopt(optimizer: Optimizer) -> bool:
 
 
 def _facts(factor: OrthogonalFactor) -> Entry:
-    settings = [getattr(factor.config, name) for name in _SETTINGS]
+    settings = [_as_number(getattr(factor.config, name)) for name in _SETTINGS]
     return dict(zip(_FACTS, [*settings, factor.key, factor.epoch, factor.steps, *factor.stack.shape]))
 
 
@@ -137,7 +138,7 @@ def _decoded(factor: OrthogonalFactor, entry: Entry) -> Entry:
                 stacklevel=4,
             )
         else:
-            residual = residual.to(torch.uint8).view(torch.int8)
+            residual = residual.to(torch.uint8).view(factor.residual.dtype)
     factor.resume(key, epoch, steps, residual)
     live = {}
     dtype = _DTYPES[entry["poetx_dtype"]]
@@ -188,15 +189,26 @@ def check_settings(factor: OrthogonalFactor, entry: Entry) -> None:
         )
     name = _other_setting(factor, entry)
     if name is not None:
-        saved, now = entry[_PREFIX + name], getattr(factor.config, name)
+        saved, now = _saved_setting(entry, name), getattr(factor.config, name)
         raise PoetxError(
             f"poetx: the checkpoint's '{factor.name}' was trained with {name}={saved}, this run asks for {now}; pass "
-            f"options={{'{name}': {saved}}} to torch.compile"
+            f"options={{'{name}': {saved!r}}} to torch.compile"
         )
 
 
 def _other_setting(factor: OrthogonalFactor, entry: Entry) -> str | None:
-    return next((name for name in _SETTINGS if entry[_PREFIX + name] != getattr(factor.config, name)), None)
+    return next((name for name in _SETTINGS if _saved_setting(entry, name) != getattr(factor.config, name)), None)
+
+
+def _saved_setting(entry: Entry, name: str) -> Any:
+    """Older checkpoints do not name what had one value only."""
+    default = getattr(PoetxConfig, name)
+    saved = entry.get(_PREFIX + name, default)
+    return SKEW_DTYPES[saved] if isinstance(default, str) and not isinstance(saved, str) else saved
+
+
+def _as_number(setting: float | str) -> float:
+    return SKEW_DTYPES.index(setting) if isinstance(setting, str) else setting
 
 
 def _other_shape(factor: OrthogonalFactor, entry: Entry) -> tuple[int, ...] | None:

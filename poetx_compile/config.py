@@ -15,7 +15,17 @@ from .layout import automatic_chunk
 ROUTES = ("auto", "gram", "dense")
 PRECISIONS = ("auto", "ieee", "tf32x3", "tf32")
 INNER = ("inductor", "aot_eager")
+RESIDUAL_BITS = (8, 4, 0)
+SKEW_DTYPES = ("float32", "bfloat16")
 HEADS = ("lm_head", "head", "heads", "classifier", "score", "embed_out", "output_projection")
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "residual_bits": RESIDUAL_BITS,
+    "skew_dtype": SKEW_DTYPES,
+    "route": ROUTES,
+    "precision": PRECISIONS,
+    "inner": INNER,
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,15 @@ class PoetxConfig:
 
     seed: int = 0
     """Permutations depend on (seed, parameter name, number of the draw) only."""
+
+    residual_bits: int = 8
+    """Of half-precision weights: how many bits below their 16 are kept, 8, 4 or 0. With 0 each fold rounds stochastically."""
+
+    skew_dtype: str = "float32"
+    """Of ``q`` of half-precision weights, its gradient and its optimizer states: ``float32``, or ``bfloat16`` for half of it."""
+
+    activation_memory_budget: float = 1.0
+    """Share of the activations that a compiled graph may save for its backward, from 0 to 1; it computes the others again."""
 
     exclude: tuple[str, ...] = ()
     """Weights to leave alone: ``fnmatch`` patterns on the whole name, or one component of it (``"gate"``)."""
@@ -72,9 +91,10 @@ class PoetxConfig:
                 raise PoetxError(f"poetx: option {field.name!r} must be {expected}, not {value!r}")
             object.__setattr__(self, field.name, value)
         self._check_numbers()
-        for name, choices in (("route", ROUTES), ("precision", PRECISIONS), ("inner", INNER)):
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise PoetxError(f"poetx: option {name!r} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+                allowed = ", ".join(map(str, choices))
+                raise PoetxError(f"poetx: option {name!r} must be one of {allowed}, not {getattr(self, name)!r}")
 
     @staticmethod
     def _names(name: str, value: Any) -> tuple[str, ...]:
@@ -97,6 +117,10 @@ class PoetxConfig:
             )
         if not 0 < self.scale < float("inf"):
             raise PoetxError(f"poetx: option 'scale' must be positive and finite, not {self.scale}")
+        if not 0 <= self.activation_memory_budget <= 1:
+            raise PoetxError(
+                f"poetx: option 'activation_memory_budget' must be from 0 to 1, not {self.activation_memory_budget}"
+            )
         if self.permutation_period < 0:
             raise PoetxError(f"poetx: option 'permutation_period' must be 0 or more, not {self.permutation_period}")
 

@@ -26,7 +26,17 @@ _BINDING = {
     SkipReason.GRADIENT_HOOK,
     SkipReason.ZERO,
 }
-_FIXED = ("block_size", "chunk", "precision", "scale", "seed", "permutation_period", "include_conv")
+_FIXED = (
+    "block_size",
+    "chunk",
+    "precision",
+    "scale",
+    "seed",
+    "permutation_period",
+    "residual_bits",
+    "skew_dtype",
+    "include_conv",
+)
 
 
 def adopt(

@@ -15,13 +15,13 @@ from torch.utils.hooks import RemovableHandle
 from . import kernels
 from .config import PoetxConfig
 from .errors import PoetxError
-from .layout import BlockLayout, StackLayout, permutation_key
+from .layout import BlockLayout, StackLayout, permutation_key, rounding_seed
 
 log = logging.getLogger(__name__)
 
 ROWS, COLUMNS = 0, 1
 
-_SKEWS_PER_BATCH = 1 << 22
+SKEWS_PER_BATCH = 1 << 22
 """Skew parameters whose rotations are made at once: about 300 MB of scratch memory, more where one weight has more."""
 
 
@@ -33,11 +33,11 @@ class OrthogonalFactor:
 
     Attributes:
         stack: the matrices of the weight, and their blocks.
-        q: ``nn.Parameter``, 1-D, float32 (float64 for float64 weights): for each matrix packed skew parameters of all row
-            blocks, then of all column blocks. Zero whenever the model runs; what the optimizer writes there is this step's
-            rotation.
+        q: ``nn.Parameter``, 1-D, float32 (float64 for float64 weights, bfloat16 for half-precision ones if so set): for each
+            matrix packed skew parameters of all row blocks, then of all column blocks. Zero whenever the model runs; what the
+            optimizer writes there is this step's rotation.
         row_channels, column_channels: int64, the channels of the blocks; their storage stays for life.
-        residual: int8 of the weight's shape for half-precision weights, else None.
+        residual: what half-precision weights lose by rounding: int8 of the weight's shape, or two numbers a byte, or None.
         epoch: number of the current draw of permutations.
         steps: counted optimizer steps.
         route: how its gradient is made: ``gram`` or ``dense``.
@@ -61,11 +61,10 @@ class OrthogonalFactor:
         self.is_reduced = False
         self.hook: RemovableHandle | None = None
         device = weight.device
-        dtype = kernels.master_dtype(weight.dtype)
-        self.q = nn.Parameter(torch.zeros(self.stack.skew, dtype=dtype, device=device))
+        self.q = nn.Parameter(torch.zeros(self.stack.skew, dtype=self._skew_dtype(weight.dtype), device=device))
         self.row_channels = torch.empty(self.rows.rotated, dtype=torch.int64, device=device)
         self.column_channels = torch.empty(self.columns.rotated, dtype=torch.int64, device=device)
-        self.residual = torch.zeros_like(weight, dtype=torch.int8) if weight.dtype in kernels.HALF else None
+        self.residual = kernels.new_residual(weight, self.stack.shape, config.residual_bits)
         self.draw()
         self._shape = weight.shape
         self._dtype = weight.dtype
@@ -88,12 +87,16 @@ class OrthogonalFactor:
         """Of the products that make and apply rotations, on a GPU: by default that of the 24 bits, or 16, of the weight."""
         if self.config.precision != "auto":
             return self.config.precision
-        return "tf32" if self.residual is not None else "tf32x3"
+        return "tf32" if self.weight.dtype in kernels.HALF else "tf32x3"
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """What a rewritten graph takes beside the weight."""
         return self.q, self.row_channels, self.column_channels
+
+    def _skew_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        is_short = self.config.skew_dtype == "bfloat16" and dtype in kernels.HALF
+        return torch.bfloat16 if is_short else kernels.master_dtype(dtype)
 
     def draw(self) -> None:
         """Write the permutations of the current epoch into place."""
@@ -105,7 +108,8 @@ class OrthogonalFactor:
         gradient, weight = gradient.reshape(self.stack.shape), self.weight.detach().reshape(self.stack.shape)
         channels = self.row_channels, self.column_channels
         widths, runs = (self.rows.width, self.columns.width), (self.rows.run, self.columns.run)
-        return kernels.project(gradient, weight, *channels, widths, runs, 2 * self.config.scale)
+        packed = kernels.project(gradient, weight, *channels, widths, runs, 2 * self.config.scale)
+        return packed.to(self.q.dtype)
 
     def clear(self) -> None:
         """Forget a rotation that was never folded: the weight stays as it was before the step."""
@@ -132,13 +136,15 @@ class OrthogonalFactor:
         given = iter(rotations)
         weight, residual = self.weight, self.residual
         matrices = weight.data.reshape(self.stack.shape)
-        residuals = None if residual is None else residual.reshape(self.stack.shape)
+        residuals = None if residual is None else residual.reshape(*self.stack.shape[:2], -1)
+        is_lossy = residual is None and weight.dtype in kernels.HALF
         for place, matrix in enumerate(matrices):
             remainder = None if residuals is None else residuals[place]
             rows = next(given) if self.rows.count else None
             columns = next(given) if self.columns.count else None
             sides = (rows, self.row_channels, columns, self.column_channels)
-            kernels.rotate_(matrix, remainder, *sides, self.columns.run, self.precision)
+            seed = rounding_seed(self.key, self.steps, place) if is_lossy else None
+            kernels.rotate_(matrix, remainder, *sides, self.columns.run, self.precision, seed)
         _write_back(weight.data, matrices)
         if residual is not None and residuals is not None:
             _write_back(residual, residuals)
@@ -190,14 +196,14 @@ class OrthogonalFactor:
             )
         if weight.device == self.q.device and weight.dtype == self._dtype:
             return
-        dtype = kernels.master_dtype(weight.dtype)
+        dtype = self._skew_dtype(weight.dtype)
         grad, self.q.grad = self.q.grad, None
         self.q.data = self.q.data.to(weight.device, dtype)
         self.q.grad = None if grad is None else grad.to(weight.device, dtype)
         self.row_channels = self.row_channels.to(weight.device)
         self.column_channels = self.column_channels.to(weight.device)
         if weight.dtype != self._dtype:
-            self.residual = torch.zeros_like(weight, dtype=torch.int8) if weight.dtype in kernels.HALF else None
+            self.residual = kernels.new_residual(weight, self.stack.shape, self.config.residual_bits)
         elif self.residual is not None:
             self.residual = self.residual.to(weight.device)
         self._dtype = weight.dtype
@@ -239,7 +245,7 @@ def retract_all(work: Iterable[tuple[OrthogonalFactor, float]], look: Callable[[
     for factor, gain in work:
         batch.append((factor, gain))
         size += factor.q.numel()
-        if size >= _SKEWS_PER_BATCH:
+        if size >= SKEWS_PER_BATCH:
             made += _rotations(batch)
             batch, size = [], 0
     made += _rotations(batch)
@@ -257,7 +263,8 @@ def _rotations(batch: list[tuple[OrthogonalFactor, float]]) -> Turns:
             groups[key].append((factor, place, side.count, packed))
     rotations: dict[tuple[OrthogonalFactor, int], Tensor] = {}
     for (width, scale, precision, *_), members in groups.items():
-        turned = kernels.cayley_neumann(torch.cat([packed for *_, packed in members]), width, scale, precision)
+        skews = torch.cat([packed for *_, packed in members])
+        turned = kernels.cayley_neumann(skews.to(kernels.master_dtype(skews.dtype)), width, scale, precision)
         parts = turned.split([count for _, _, count, _ in members])
         rotations.update({(factor, place): part for (factor, place, *_), part in zip(members, parts)})
     return [(factor, [rotations[factor, place] for place, _ in enumerate(factor.skews())]) for factor, _ in batch]

@@ -113,3 +113,8 @@ class StackLayout:
 def permutation_key(seed: int, name: str) -> int:
     """What stands for (seed, parameter name) in every draw; 56 bits, so that it survives in a checkpoint."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
+
+
+def rounding_seed(key: int, step: int, place: int) -> int:
+    """What decides the stochastic rounding of one matrix of a stack after one step; 63 bits, so that it fits an int64."""
+    return int.from_bytes(hashlib.sha256(f"{key}:{step}:{place}".encode()).digest()[:8], "little") >> 1

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from . import conversion
 from ._torch import live_optimizers, own_grad
 from .factor import OrthogonalFactor, factors
+from .kernels import HALF
 
 _ASSUMED_STATES = 2
 _WIDTH = 140
@@ -162,7 +163,10 @@ def _row(name: str, parameter: nn.Parameter, owner: Optimizer | None, known: boo
 def _how(factor: OrthogonalFactor) -> str:
     sides = (f"{side.count}×{side.width}" if side.count else "fixed" for side in (factor.rows, factor.columns))
     each = f"{factor.stack.count} matrices, " if factor.stack.count > 1 else ""
-    return f"rotation: {factor.route}, {each}blocks {', '.join(sides)}"
+    bits = factor.config.residual_bits
+    rounded = f", {bits} more bits" if bits else ", rounded stochastically"
+    below = rounded if bits != 8 and factor.weight.dtype in HALF else ""
+    return f"rotation: {factor.route}, {each}blocks {', '.join(sides)}{below}"
 
 
 def _size(tensor: Tensor | None) -> int:

@@ -237,6 +237,20 @@ def uneven_alone(folder: Path) -> Result:
     return {"values": values(model), "expected": values(reference)}
 
 
+def rounded_stochastically(folder: Path) -> Result:
+    """Half-precision weights without a residual."""
+    options = OPTIONS | {"residual_bits": 0}
+    model = Block().to(torch.bfloat16)
+    poetx_compile.prepare(model, share(0)[0].bfloat16(), options=options)
+    module, optimizer = DistributedDataParallel(torch.compile(model, backend="poetx", options=options)), adamw(model)
+    for step in range(STEPS):
+        x, target = (tensor.bfloat16() for tensor in share(step))
+        F.mse_loss(module(x), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"values": values(model)}
+
+
 def resumed_from_one(folder: Path) -> Result:
     model = prepared()
     weights, states = torch.load(folder / "of-1.pt", weights_only=True)
@@ -312,6 +326,7 @@ SCENARIOS = (
     low_rank,
     uneven,
     uneven_alone,
+    rounded_stochastically,
     resumed_from_one,
     checked,
     wrapped_unprepared,

@@ -179,8 +179,59 @@ class TestResume:
         exact(values(resumed.model), values(run.model))
         exact(state(resumed.save()), state(run.save()))
 
-    def test_in_a_new_process(self, tmp_path: Path) -> None:
-        run = Run(dtype=torch.bfloat16, permutation_period=3).compile().train(0, 4)
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+    @settings(max_examples=8)
+    @given(kind=st.sampled_from(list(OPTIMIZERS)), load=st.sampled_from(MOMENTS), saved_at=st.integers(1, 6))
+    def test_is_exact_with_bfloat16_skews(
+        self, dtype: str, kind: str, load: Callable[[Run, io.BytesIO], None], saved_at: int
+    ) -> None:
+        make = partial(Run, kind, DTYPES[dtype], permutation_period=3, skew_dtype="bfloat16")
+        run = make().compile().train(0, saved_at)
+        weight = run.model[0].weight
+        assert weight.grad is None
+        assert factor_of(weight).q.dtype == torch.bfloat16
+        moments = [value for value in run.optimizer.state[weight].values() if torch.is_tensor(value)]
+        assert all(value.dtype == torch.bfloat16 for value in moments if value.shape == factor_of(weight).q.shape)
+        resumed, file = make(), make().compile().load(run.save()).save()
+        load(resumed, file)
+        run.train(saved_at, LAST)
+        resumed.train(saved_at, LAST)
+        exact(values(resumed.model), values(run.model))
+        exact(state(resumed.save()), state(run.save()))
+
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+    @pytest.mark.parametrize("bits", [4, 0])
+    @settings(max_examples=6)
+    @given(load=st.sampled_from(MOMENTS), saved_at=st.integers(1, 6), saved_again=st.booleans())
+    def test_is_exact_with_fewer_bits(
+        self, dtype: str, bits: int, load: Callable[[Run, io.BytesIO], None], saved_at: int, saved_again: bool
+    ) -> None:
+        make = partial(Run, "AdamW", DTYPES[dtype], permutation_period=3, residual_bits=bits)
+        run = make().compile().train(0, saved_at)
+        file = make().compile().load(run.save()).save() if saved_again else run.save()
+        resumed = make()
+        load(resumed, file)
+        run.train(saved_at, LAST)
+        resumed.train(saved_at, LAST)
+        exact(values(resumed.model), values(run.model))
+        exact(state(resumed.save()), state(run.save()))
+
+    def test_of_a_checkpoint_that_names_no_bits_is_one_with_eight(self) -> None:
+        run = Run(dtype=torch.bfloat16).compile().train(0, 4)
+        saved = read(run.save())
+        for entry in saved["optimizer"]["state"].values():
+            entry.pop("poetx_residual_bits", None)
+        older = io.BytesIO()
+        torch.save(saved, older)
+        resumed = Run(dtype=torch.bfloat16).compile().load(older).train(4, LAST)
+        exact(values(resumed.model), values(run.train(4, LAST).model))
+        other = Run(dtype=torch.bfloat16, residual_bits=0).compile().load(older)
+        with pytest.raises(PoetxError, match="trained with residual_bits=8, this run asks for 0"):
+            other.train(4, 5)
+
+    @pytest.mark.parametrize("bits", [8, 4, 0])
+    def test_in_a_new_process(self, tmp_path: Path, bits: int) -> None:
+        run = Run(dtype=torch.bfloat16, permutation_period=3, residual_bits=bits).compile().train(0, 4)
         (tmp_path / "checkpoint.pt").write_bytes(run.save().getvalue())
         script = """
             import io, pathlib, sys
@@ -188,11 +239,11 @@ class TestResume:
             from test_checkpoint import LAST, Run
             folder = pathlib.Path(sys.argv[1])
             torch.set_num_threads(int(sys.argv[2]))
-            run = Run(dtype=torch.bfloat16, permutation_period=3)
+            run = Run(dtype=torch.bfloat16, permutation_period=3, residual_bits=int(sys.argv[3]))
             run.load(io.BytesIO((folder / "checkpoint.pt").read_bytes())).compile().train(4, LAST)
             (folder / "result.pt").write_bytes(run.save().getvalue())
         """
-        command = [sys.executable, "-c", textwrap.dedent(script), tmp_path, str(torch.get_num_threads())]
+        command = [sys.executable, "-c", textwrap.dedent(script), tmp_path, str(torch.get_num_threads()), str(bits)]
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         run.train(4, LAST)
@@ -288,7 +339,9 @@ class TestModelStateDict:
 class TestRefusals:
     """What cannot go on exactly does not go on in silence."""
 
-    @pytest.mark.parametrize("name, saved, asked", [("block_size", 8, 16), ("chunk", 2, 4), ("scale", 0.5, 1.0)])
+    @pytest.mark.parametrize(
+        "name, saved, asked", [("block_size", 8, 16), ("chunk", 2, 4), ("scale", 0.5, 1.0), ("residual_bits", 4, 8)]
+    )
     @pytest.mark.parametrize("load", [before_compilation, after_the_first_forward])
     def test_other_blocks(self, name: str, saved: float, asked: float, load: Callable[[Run, io.BytesIO], None]) -> None:
         file = Run(**{name: saved}).compile().train(0, 2).save()
@@ -297,6 +350,12 @@ class TestRefusals:
         with pytest.raises(PoetxError, match=rf"'0\.weight' was trained with {name}={saved}.*options={{'{name}': {saved}}}"):
             run.train(2, 3)
         assert factor_of(run.model[0].weight).steps == 0
+
+    def test_another_dtype_of_skews(self) -> None:
+        file = Run(dtype=torch.bfloat16, skew_dtype="bfloat16").compile().train(0, 2).save()
+        run = Run(dtype=torch.bfloat16).compile().load(file)
+        with pytest.raises(PoetxError, match=r"trained with skew_dtype=bfloat16.*options={'skew_dtype': 'bfloat16'}"):
+            run.train(2, 3)
 
     @pytest.mark.parametrize("kind", ["AdamW", "SGD, momentum", "Adagrad", "Adafactor", "RMSprop"])
     @pytest.mark.parametrize("load", [before_compilation, before_the_first_forward, after_the_first_forward])

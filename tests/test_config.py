@@ -36,6 +36,13 @@ WRONG = [
     ("permutation_period", 1.5, "'permutation_period' must be int"),
     ("seed", 0.5, "'seed' must be int"),
     ("seed", None, "'seed' must be int"),
+    ("residual_bits", 6, "'residual_bits' must be one of 8, 4, 0, not 6"),
+    ("residual_bits", "8", "'residual_bits' must be int"),
+    ("skew_dtype", "float16", "'skew_dtype' must be one of float32, bfloat16, not 'float16'"),
+    ("activation_memory_budget", 1.5, "'activation_memory_budget' must be from 0 to 1, not 1.5"),
+    ("activation_memory_budget", -0.1, "'activation_memory_budget' must be from 0 to 1"),
+    ("activation_memory_budget", float("nan"), "'activation_memory_budget' must be from 0 to 1"),
+    ("activation_memory_budget", "0.5", "'activation_memory_budget' must be float"),
     ("exclude", "gate", "'exclude' must be a list of names, not 'gate'"),
     ("exclude", ["gate", 3], "'exclude' must be a list of names"),
     ("exclude", None, "'exclude' must be a list of names, not None"),
@@ -165,7 +172,9 @@ def test_a_typo_is_answered_with_the_closest_option(typo: str, meant: str) -> No
 
 @pytest.mark.parametrize("name", ["qqq", 7])
 def test_an_option_like_no_other_is_answered_with_ours(name: Any) -> None:
-    with pytest.raises(PoetxError, match=f"unknown option {name!r}; poetx knows block_size, chunk"):
+    with pytest.raises(
+        PoetxError, match=f"unknown option {name!r}; poetx knows activation_memory_budget, block_size, chunk"
+    ):
         split_options({name: 1}, None)
 
 

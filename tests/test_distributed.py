@@ -31,7 +31,7 @@ def test_many_ranks_train_as_one(results: Results, scenario: str, world: int) ->
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("scenario", (*TRAINED, *LOSSY, "uneven", "uneven_alone", "checked"))
+@pytest.mark.parametrize("scenario", (*TRAINED, *LOSSY, "uneven", "uneven_alone", "checked", "rounded_stochastically"))
 def test_ranks_stay_bitwise_equal(results: Results, scenario: str, world: int) -> None:
     first, *others = (result[scenario]["values"] for result in results[world])
     for other in others:

@@ -23,20 +23,23 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return x, x[:, :128].roll(3, 1)
 
 
+@pytest.mark.parametrize("skew_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("package", "kind"), EIGHT_BIT)
-def test_moments_of_rotations_are_quantised_and_resume_exactly(package: str, kind: str) -> None:
+def test_moments_of_rotations_are_quantised_and_resume_exactly(package: str, kind: str, skew_dtype: str) -> None:
+    options = OPTIONS | {"skew_dtype": skew_dtype}
+    dtype = torch.float32 if skew_dtype == "float32" else torch.bfloat16
     optim = pytest.importorskip(f"{package}.optim")
 
     def fresh() -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
         torch._dynamo.reset()
-        model = copy.deepcopy(START)
+        model = copy.deepcopy(START).to(dtype)
         optimizer = getattr(optim, kind)(model.parameters(), lr=1e-3 if kind == "Lion8bit" else 3e-3)
-        return model, torch.compile(model, backend="poetx", options=OPTIONS), optimizer
+        return model, torch.compile(model, backend="poetx", options=options), optimizer
 
     def train(compiled: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
         losses = []
         for step in steps:
-            x, target = batch(step)
+            x, target = (tensor.to(dtype) for tensor in batch(step))
             loss = F.mse_loss(compiled(x), target)
             loss.backward()
             optimizer.step()

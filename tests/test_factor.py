@@ -234,6 +234,138 @@ def test_folding_starts_from_what_was_written_from_outside(dtype: torch.dtype) -
     assert (master(factor) - expected).abs().max() <= 2.0**-16 * expected.abs().max() + 1e-5
 
 
+BITS = pytest.mark.parametrize("bits", [8, 4, 0])
+
+
+def with_bits(bits: int) -> PoetxConfig:
+    return PoetxConfig(block_size=16, chunk=4, residual_bits=bits)
+
+
+@BITS
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("shape", [(32, 50), (32, 51), (3, 20, 33)], ids=str)
+def test_fewer_bits_take_less_memory(dtype: torch.dtype, bits: int, shape: tuple[int, ...]) -> None:
+    factor = OwningFactor(nn.Parameter(normal(*shape, seed=1, dtype=dtype)), "weight", with_bits(bits))
+    turn(factor, seed=0)
+    factor.retract()
+    *rows, n = shape
+    expected = {8: n, 4: (n + 1) // 2, 0: 0}[bits] * torch.Size(rows).numel()
+    held = 0 if factor.residual is None else factor.residual.untyped_storage().nbytes()
+    assert held == expected
+
+
+@BITS
+@of_dtypes
+def test_bits_are_of_half_precision_only(dtype: torch.dtype, bits: int) -> None:
+    factor = small_factor(dtype, with_bits(bits))
+    twin = small_factor(dtype)
+    assert (factor.residual is not None) == (dtype in HALF and bits > 0)
+    for each in (factor, twin):
+        turn(each, seed=0)
+        each.retract()
+    assert dtype in HALF or torch.equal(factor.weight, twin.weight)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@BITS
+def test_a_fold_errs_by_the_bits_it_keeps(dtype: torch.dtype, bits: int) -> None:
+    place = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]
+    tolerance = place if bits == 0 else place / 2**bits / (2 if dtype == torch.bfloat16 else 1)
+    factor = small_factor(dtype, with_bits(bits))
+    before = factor.weight.detach().double().clone()
+    q = turn(factor, seed=0)
+    factor.retract()
+    expected = explicit_weight(factor, before, q.double())
+    error = (master(factor) - expected).abs()
+    assert (error <= tolerance * expected.abs() + 1e-5).all()
+    assert bits == 8 or (error > tolerance / 4 * expected.abs() + 1e-5).any(), "no worse than is said, and no better"
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_small_rotations_add_up_without_a_residual(dtype: torch.dtype) -> None:
+    """A thousand turns of one plane, each below the rounding: rounded to nearest, bfloat16 would never move."""
+    config = PoetxConfig(block_size=4, chunk=4, residual_bits=0)
+    factor = OwningFactor(nn.Parameter(normal(4, 1024, seed=1, dtype=dtype)), "weight", config)
+    before = factor.weight.detach().double().clone()
+    for _ in range(1000):
+        with torch.no_grad():
+            factor.q[0] = 5e-5
+        factor.retract()
+        factor.count_step()
+    first, second = before[factor.row_channels[:2]]
+    angle = torch.tensor(1000 * 2 * 5e-5)
+    wanted = torch.stack([first * angle.cos() + second * angle.sin(), second * angle.cos() - first * angle.sin()])
+    moved, wanted = (rows - torch.stack([first, second]) for rows in (master(factor)[factor.row_channels[:2]], wanted))
+    assert abs((moved * wanted).sum() / (wanted * wanted).sum() - 1) < 0.05
+    assert torch.equal(master(factor)[factor.row_channels[2:]], before[factor.row_channels[2:]])
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_stochastic_folds_are_those_of_key_step_and_place(dtype: torch.dtype) -> None:
+    def folded(steps: int = 0, name: str = "fc.weight", shape: tuple[int, ...] = (32, 50)) -> Tensor:
+        weight = normal(32, 50, seed=1, dtype=dtype).expand(shape).contiguous()
+        factor = OwningFactor(nn.Parameter(weight), "fc.weight", with_bits(0))
+        factor.key += name != "fc.weight"
+        factor.steps = steps
+        with torch.no_grad():
+            factor.q.view(factor.stack.count, -1).copy_(0.1 * normal(factor.q.numel() // factor.stack.count, seed=0))
+        factor.retract()
+        return factor.weight.detach()
+
+    first = folded()
+    assert torch.equal(folded(), first)
+    assert not torch.equal(folded(steps=1), first)
+    assert not torch.equal(folded(name="other"), first)
+    stack = folded(shape=(2, 32, 50))
+    assert torch.equal(stack[0], first)
+    assert not torch.equal(stack[1], first)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("bits", [4, 0])
+def test_a_kernel_is_folded_alike_in_any_memory_order(dtype: torch.dtype, bits: int) -> None:
+    kernel = normal(32, 5, 3, 3, seed=1, dtype=dtype)
+    masters = []
+    for memory in (torch.contiguous_format, torch.channels_last):
+        parameter = nn.Parameter(kernel.clone(memory_format=memory))
+        factor = OwningFactor(parameter, "weight", with_bits(bits), (1, 32, 45))
+        for step in range(3):
+            turn(factor, step)
+            factor.retract()
+            factor.count_step()
+        residual = None if factor.residual is None else factor.residual[0]
+        masters.append(decode(factor.weight.detach().reshape(32, 45), residual))
+    assert torch.equal(*masters)
+
+
+@BITS
+@of_dtypes
+def test_a_fold_of_nothing_changes_nothing(dtype: torch.dtype, bits: int) -> None:
+    factor = small_factor(dtype, with_bits(bits))
+    turn(factor, seed=0)
+    factor.retract()
+    before = master(factor)
+    factor.retract()
+    assert torch.equal(master(factor), before)
+
+
+@of_dtypes
+def test_bfloat16_skews_are_of_half_precision_weights_and_folded_in_float32(dtype: torch.dtype) -> None:
+    factor = small_factor(dtype, PoetxConfig(block_size=16, chunk=4, skew_dtype="bfloat16"))
+    twin = small_factor(dtype)
+    assert factor.q.dtype == (torch.bfloat16 if dtype in HALF else twin.q.dtype)
+    assert factor.project(torch.ones_like(factor.weight)).dtype == factor.q.dtype
+    q = turn(factor, seed=0)
+    with torch.no_grad():
+        twin.q.copy_(q)
+    factor.retract()
+    twin.retract()
+    assert torch.equal(master(factor), master(twin))
+    factor.weight.data = factor.weight.data.float()
+    factor.follow_weight()
+    assert factor.q.dtype == torch.float32
+
+
 # --- Permutations ----------------------------------------------------------------------------------------------------
 
 
@@ -278,9 +410,10 @@ def test_a_new_permutation_leaves_the_weight_alone() -> None:
     assert torch.equal(factor.weight, before)
 
 
+@pytest.mark.parametrize("bits", [8, 4, 0])
 @of_dtypes
-def test_a_resumed_factor_goes_on_as_the_one_it_continues(dtype: torch.dtype) -> None:
-    config = PoetxConfig(block_size=16, chunk=4, permutation_period=2)
+def test_a_resumed_factor_goes_on_as_the_one_it_continues(dtype: torch.dtype, bits: int) -> None:
+    config = PoetxConfig(block_size=16, chunk=4, permutation_period=2, residual_bits=bits)
     first = small_factor(dtype, config)
     for step in range(3):
         turn(first, step)

@@ -50,7 +50,7 @@ class TestOutOfMemoryInRetraction:
     def test_moves_no_rotated_weight(
         self, kernel: str, at: int, trained: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(factor, "_SKEWS_PER_BATCH", 1)  # each layer is a batch, as large ones are
+        monkeypatch.setattr(factor, "SKEWS_PER_BATCH", 1)  # each layer is a batch, as large ones are
         model = network(dtype)
         optimizer = make(model.parameters())
         compiled = rotating(model, permutation_period=3)

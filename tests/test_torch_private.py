@@ -59,6 +59,7 @@ def test_every_function_is_pinned_here() -> None:
     functions = {name for name, thing in vars(_torch).items() if getattr(thing, "__module__", "") == _torch.__name__}
     functions = {name for name in functions if not name.startswith("__resume_at")}  # left by Dynamo
     assert functions == {
+        "activation_budget",
         "active_ddp",
         "after_ddp_join",
         "add_input",
@@ -72,6 +73,7 @@ def test_every_function_is_pinned_here() -> None:
         "distributed_wrapper",
         "fake_beside",
         "explain_failed_loads",
+        "fake_tensors",
         "functorch_nodes",
         "graph_break",
         "gradient_hooks",
@@ -85,11 +87,13 @@ def test_every_function_is_pinned_here() -> None:
         "map_tensors",
         "on_optimizer_state_loaded",
         "own_grad",
+        "partition_with_inductor",
         "replace_grad_attribute",
         "run_first_after_step",
         "set_own_grad",
         "source_name",
         "steps_running",
+        "storage_of",
         "tensors_in",
         "within_ddp_constructor",
     }
@@ -300,6 +304,58 @@ def test_inductor_lists_its_modes() -> None:
     assert {"default", "reduce-overhead", "max-autotune"} <= set(modes)
     assert modes["max-autotune"]["max_autotune"] is True
     assert all(set(options) <= _torch.inductor_option_names() for options in modes.values())
+
+
+# --- Memory ahead ----------------------------------------------------------------------------------------------------
+
+
+def test_an_activation_budget_is_aot_autograds_and_left_alone_at_one() -> None:
+    from torch._functorch import config
+
+    with config.patch(activation_memory_budget=0.7):
+        with _torch.activation_budget(0.3):
+            assert config.activation_memory_budget == 0.3
+        with _torch.activation_budget(1.0):
+            assert config.activation_memory_budget == 0.7
+    assert config.activation_memory_budget == 1.0
+
+
+def test_fake_tensors_have_shapes_and_share_storages() -> None:
+    with _torch.fake_tensors():
+        fake = torch.empty(10**6, 10**6)
+        other = fake + 1
+    assert _torch.is_fake(fake)
+    assert not _torch.is_fake(torch.empty(1))
+    assert fake.untyped_storage().nbytes() == 4 * 10**12
+    assert _torch.storage_of(fake) == _torch.storage_of(fake.T) != _torch.storage_of(other)
+
+
+def test_a_parameter_made_of_fake_tensors_is_one_and_fake() -> None:
+    with _torch.fake_tensors():
+        weight = nn.Linear(3, 4).weight
+    assert isinstance(weight, nn.Parameter)
+    assert _torch.is_fake(weight)
+
+
+def test_inductor_hands_out_both_graphs_before_it_compiles() -> None:
+    graphs: list[tuple[fx.GraphModule, bool, Sequence[int]]] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        return _torch.partition_with_inductor(gm, inputs, lambda *graph: graphs.append(graph))
+
+    with _torch.fake_tensors():
+        net = Net()
+        y = torch.compile(net, backend=backend)(torch.zeros(5, 3))
+        assert y.shape == (5, 4)
+        y.sum().backward()
+        assert net.fc.weight.grad.shape == (4, 3)
+    (forward, is_backward, lasting), (backward, last_is_backward, _) = graphs
+    assert (is_backward, last_is_backward) == (False, True)
+    inputs = [node.meta["val"].shape for node in placeholders(forward)]
+    assert sorted(tuple(inputs[index]) for index in lasting) == [(4,), (4, 3)]
+    names = [node.name for node in placeholders(backward)]
+    assert names[-1].startswith("tangents")
+    assert all("val" in node.meta for node in placeholders(backward))
 
 
 # --- Gradients -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from . import ops
 from .dense import project
 from .linear import LINEAR_VERSION, rotated_linear
 from .precision import unscaled
-from .residual import HALF, decode, master_dtype
+from .residual import HALF, decode, master_dtype, new_residual
 
 block_gram = ops.block_gram
 cayley_neumann = ops.cayley_neumann
@@ -24,6 +24,7 @@ __all__ = [
     "cayley_neumann",
     "decode",
     "master_dtype",
+    "new_residual",
     "project",
     "rotate_",
     "rotated_linear",

@@ -18,7 +18,7 @@ from .gram import GramSide
 from .ops import block_gram, library
 from .residual import master_dtype
 
-LINEAR_VERSION = 2
+LINEAR_VERSION = 3
 """Counts changes of the backward below: AOTAutograd's cache keys on the op's arguments, not on its code."""
 
 library.define(
@@ -46,6 +46,7 @@ class _RotatedLinear(torch.autograd.Function):
         y = _apply(x, weight, bias, transposed)
         ctx.save_for_backward(x, weight, bias, y, row_channels, column_channels)
         ctx.widths, ctx.runs, ctx.scale, ctx.transposed = widths, runs, scale, transposed
+        ctx.skew_dtype = q.dtype
         return y
 
     @staticmethod
@@ -71,7 +72,7 @@ class _RotatedLinear(torch.autograd.Function):
             dx if ctx.needs_input_grad[0] else None,
             None,
             dbias.to(bias.dtype) if dbias is not None else None,
-            dq,
+            dq.to(ctx.skew_dtype),
             *(None,) * 6,
         )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .precision import full_precision
 from .residual import decode, encode_, master_dtype
+from .stochastic import round_stochastically_
 
 _DOUBLINGS = 5
 LARGEST_SQUARE = 3.0
@@ -99,14 +100,16 @@ def rotate_(
     row_channels: Tensor,
     columns: Tensor | None,
     column_channels: Tensor,
+    seed: int | None = None,
 ) -> None:
     """``W ← G_rows W G_columns`` in place, each ``G = I + E`` block-diagonal over its channels.
 
     Args:
         weight: ``[m, n]``; any floating dtype.
-        residual: int8 ``[m, n]`` for half-precision weights.
+        residual: of half-precision weights: int8 ``[m, n]`` or uint8 ``[m, ⌈n/2⌉]``, as :mod:`.residual` says.
         rows, columns: ``E`` of each side, ``[r, b, b]``; None leaves that side alone.
         row_channels, column_channels: int64 ``[r · b]``.
+        seed: of the stochastic rounding of a half-precision weight without residual; None rounds to nearest.
     """
     master = decode(weight, residual)
     with full_precision(weight.device):
@@ -117,4 +120,7 @@ def rotate_(
             part = master.index_select(1, column_channels).unflatten(1, columns.shape[:2]).transpose(0, 1)  # [r, m, b]
             turned = torch.baddbmm(part, part, columns).transpose(0, 1).flatten(1)
             master.index_copy_(1, column_channels, turned)
-    encode_(weight, residual, master)
+    if seed is None:
+        encode_(weight, residual, master)
+    else:
+        round_stochastically_(weight, master, seed)

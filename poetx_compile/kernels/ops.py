@@ -28,7 +28,7 @@ library.define(
 library.define("cayley_neumann(Tensor skew, int width, float scale, str precision='tf32x3') -> Tensor")
 library.define(
     "rotate_(Tensor(a!) weight, Tensor(b!)? residual, Tensor? rows, Tensor row_channels, Tensor? columns,"
-    " Tensor column_channels, int run=1, str precision='tf32x3') -> ()"
+    " Tensor column_channels, int run=1, str precision='tf32x3', int? seed=None) -> ()"
 )
 
 
@@ -75,11 +75,12 @@ def _rotate_(
     column_channels: Tensor,
     run: int = 1,
     precision: str = "tf32x3",
+    seed: int | None = None,
 ) -> None:
     widths = [side.shape[-1] for side in (rows, columns) if side is not None]
     _check(precision)
     stored = [weight] if residual is None else [weight, residual]
-    is_whole = residual is not None or weight.dtype not in HALF
+    is_whole = weight.dtype not in HALF if residual is None else residual.dtype == torch.int8
     if _fits(weight, *widths) and is_whole and all(tensor.is_contiguous() for tensor in stored):
         from . import triton_rotate
 
@@ -92,10 +93,10 @@ def _rotate_(
     else:
         operands: tuple[Any, ...] = weight, residual, rows, row_channels, columns, column_channels
         try:
-            _rotate_naively(*operands)
+            _rotate_naively(*operands, seed=seed)
         except torch.OutOfMemoryError:  # others may have been folded by now: so must this one, by the host's memory
             on_host: tuple[Any, ...] = tuple(None if tensor is None else tensor.cpu() for tensor in operands)
-            _rotate_naively(*on_host)
+            _rotate_naively(*on_host, seed=seed)
             for tensor, turned in zip(operands[:2], on_host):
                 if tensor is not None:
                     tensor.copy_(turned)
@@ -108,9 +109,11 @@ def _rotate_naively(
     row_channels: Tensor,
     columns: Tensor | None,
     column_channels: Tensor,
+    *,
+    seed: int | None,
 ) -> None:
     rows, columns = (None if side is None else unscaled(side) for side in (rows, columns))
-    naive.rotate_(weight, residual, rows, row_channels, columns, column_channels)
+    naive.rotate_(weight, residual, rows, row_channels, columns, column_channels, seed)
 
 
 def _check(precision: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .._torch import checkpointed, functorch_nodes, gradient_hooks, source_name
+from .._torch import checkpointed, functorch_nodes, gradient_hooks, is_fake, source_name
 from ..config import PoetxConfig
 from ..factor import factors, stacked
 from ..layout import StackLayout
@@ -106,7 +106,8 @@ def _reason(
         return SkipReason.NOT_A_MATRIX
     if factors.of_weight(weight) is not None:
         return None
-    if weight.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16) or type(weight) is not nn.Parameter:
+    is_plain = type(weight) is nn.Parameter or is_fake(weight)
+    if weight.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16) or not is_plain:
         return SkipReason.DTYPE
     if is_named(name, config.exclude):
         return SkipReason.EXCLUDED
@@ -144,6 +145,8 @@ def unfit(weight: nn.Parameter, matrices: tuple[int, int, int] | None = None) ->
     """
     if gradient_hooks(weight):
         return SkipReason.GRADIENT_HOOK
+    if is_fake(weight):
+        return None  # an estimate, which takes weights for such as can be rotated
     moves = weight.detach().reshape(matrices or stacked(weight)).flatten(1).any(1)
     return None if bool(moves.all()) else SkipReason.ZERO
 

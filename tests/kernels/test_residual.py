@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from poetx_compile.kernels import HALF, decode, master_dtype
+from poetx_compile.kernels import HALF, decode, master_dtype, new_residual
 from poetx_compile.kernels.residual import encode_
 
 HALVES = pytest.mark.parametrize("dtype", HALF)
@@ -187,6 +187,62 @@ def test_folding_nothing_changes_nothing(dtype: torch.dtype) -> None:
     assert same_bits(again, weight)
     stored = weight != 0
     assert torch.equal(residual_again[stored], residual[stored])
+
+
+# --- Four bits -------------------------------------------------------------------------------------------------------
+
+
+def encode_four(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of a matrix."""
+    weight = torch.empty_like(master, dtype=dtype)
+    residual = new_residual(weight, (1, *master.shape), 4)
+    assert residual is not None
+    encode_(weight, residual[0], master)
+    return weight, residual[0]
+
+
+@HALVES
+@pytest.mark.parametrize("n", [1, 2, 7, 8])
+def test_four_bits_fill_half_the_bytes(dtype: torch.dtype, n: int) -> None:
+    _, residual = encode_four(torch.randn(5, n), dtype)
+    assert residual.shape == (5, (n + 1) // 2)
+    assert residual.dtype == torch.uint8
+
+
+@HALVES
+@pytest.mark.parametrize("n", [1, 2, 7, 8])
+def test_four_bits_err_by_at_most_2_to_the_minus_12(dtype: torch.dtype, n: int) -> None:
+    master = in_range(dtype)
+    master = master[(master.abs() >= torch.finfo(dtype).smallest_normal) & (master.abs() <= torch.finfo(dtype).max / 2)]
+    master = master[: master.numel() // n * n].view(-1, n)
+    error = (decode(*encode_four(master, dtype)).double() - master.double()).abs()
+    bound = 2.0**-12 if dtype == torch.bfloat16 else 2.0**-14
+    assert (error <= bound * master.double().abs()).all()
+
+
+def test_every_bfloat16_pair_with_four_bits_round_trips() -> None:
+    weight = PATTERNS.view(torch.bfloat16)
+    weight = weight[weight.isfinite() & (weight != 0)][:, None].expand(-1, 16)
+    low = torch.arange(-8, 8).to(torch.int8).expand_as(weight)
+    packed = ((low[:, ::2] & 15) | (low[:, 1::2] << 4)).view(torch.uint8)
+    again, packed_again = encode_four(decode(weight, packed), torch.bfloat16)
+    assert same_bits(again, weight.contiguous())
+    assert torch.equal(packed_again, packed)
+
+
+@HALVES
+def test_four_bits_do_not_lengthen_weights(dtype: torch.dtype) -> None:
+    master = torch.arange(2**11, 2**12, dtype=torch.int32).float() / 2**11
+    ties = torch.cat([master, master + 2.0**-12])[None]
+    error = decode(*encode_four(ties, dtype)).double() - ties.double()
+    assert error.mean().abs() <= 2.0**-22
+
+
+@HALVES
+def test_four_bits_keep_zeros_and_ruined_weights(dtype: torch.dtype) -> None:
+    special = torch.cat([SPECIAL, torch.tensor([float("nan")])])
+    decoded = decode(special.to(dtype)[:, None].expand(-1, 3), torch.full((5, 2), 0x97, dtype=torch.uint8))
+    torch.testing.assert_close(decoded, special[:, None].expand(-1, 3), rtol=0, atol=0, equal_nan=True)
 
 
 # --- Zeros, infinities and NaN ---------------------------------------------------------------------------------------

@@ -1,0 +1,176 @@
+"""``python -m poetx_compile plan``: what will training this model take on that GPU? Nothing is allocated, no GPU is needed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from .config import RESIDUAL_BITS, PoetxConfig
+from .errors import PoetxError
+from .estimate import Estimate, estimate, trace
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_FIELDS = {
+    "hidden": "hidden_size",
+    "intermediate": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "vocab": "vocab_size",
+}
+_CATEGORIES = ("weights", "residuals", "q", "states", "gradients", "activations", "logits", "scratch")
+_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to train, and its estimate."""
+
+    name: str
+    estimate: Estimate
+
+
+def run(
+    model: str,
+    gpu: str | None,
+    seq: int,
+    batch: int,
+    dtype: str = "bfloat16",
+    block_size: int = PoetxConfig.block_size,
+    skew_dtype: str = PoetxConfig.skew_dtype,
+    activation_memory_budget: float = PoetxConfig.activation_memory_budget,
+    ordinary: bool = False,
+    fused: bool = False,
+    console: Console | None = None,
+) -> bool:
+    """Print an estimate for each storage, and tell whether the leanest fits.
+
+    Args:
+        model: a transformers ``config.json``, its folder, or ``llama:hidden=4096,layers=32,...``.
+        gpu: memory of the card, ``24GB``; None to print sizes only.
+        seq, batch: tokens of a sequence, and sequences of a micro-batch.
+        ordinary: estimate ``torch.compile`` with AdamW too, for comparison.
+        fused: whether AdamW is the fused one.
+
+    Raises:
+        PoetxError: a configuration, a size or a number that cannot be read.
+    """
+    if min(seq, batch) < 1:
+        raise PoetxError(f"poetx: --seq and --batch must be 1 or more, not {seq} and {batch}")
+    card = None if gpu is None else parse_size(gpu)
+    settings = PoetxConfig(block_size=block_size, skew_dtype=skew_dtype, activation_memory_budget=activation_memory_budget)
+    choices = plan(read_config(model), seq, batch, DTYPES[dtype], settings, ordinary, fused)
+    (console or Console()).print(_table(choices, card, f"{model}, {batch} × {seq} tokens, {dtype}, {'fused ' * fused}AdamW"))
+    return card is None or any(choice.estimate.total <= card for choice in choices)
+
+
+def plan(
+    config: Any, seq: int, batch: int, dtype: torch.dtype, settings: PoetxConfig, ordinary: bool = False, fused: bool = False
+) -> list[Choice]:
+    """Estimates for every storage of a causal language model, the default first.
+
+    Args:
+        config: of transformers.
+    """
+    from transformers import AutoModelForCausalLM
+
+    def build() -> nn.Module:
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except ValueError as error:
+            raise PoetxError(f"poetx: plan knows causal language models only: {error}") from error
+
+    def loss(model: Callable[..., Any]) -> Tensor:
+        ids = torch.zeros(batch, seq, dtype=torch.int64)
+        return model(input_ids=ids, labels=ids).loss
+
+    vocabulary = config.get_text_config().vocab_size
+    traced = trace(build, loss, settings, vocabulary)
+    bits = RESIDUAL_BITS if dtype != torch.float32 else RESIDUAL_BITS[:1]
+    choices = [
+        Choice(f"residual_bits={number}" if len(bits) > 1 else "poetx", estimate(traced, number, fused)) for number in bits
+    ]
+    if ordinary:
+        choices.append(Choice("ordinary", estimate(trace(build, loss, None, vocabulary), is_fused=fused)))
+    return choices
+
+
+def read_config(text: str) -> Any:
+    """A transformers configuration from a file, a folder or a shorthand.
+
+    Raises:
+        PoetxError: there is no such file, or a field that a shorthand does not know.
+    """
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise PoetxError("poetx: plan builds models of transformers; install it first") from error
+    kind, _, fields = text.partition(":")
+    if kind == "llama" and fields:
+        return AutoConfig.for_model("llama", **_shorthand(fields))
+    path = Path(text)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        raise PoetxError(
+            f"poetx: there is no configuration at {text}; give a config.json, the folder of one, or "
+            "llama:hidden=4096,intermediate=14336,layers=32,heads=32,vocab=32000"
+        )
+    try:
+        settings = json.loads(path.read_text())
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PoetxError(f"poetx: {path} is not a configuration of transformers: {error!r}") from error
+
+
+def _shorthand(fields: str) -> dict[str, int]:
+    settings = {}
+    for part in fields.split(","):
+        name, _, number = part.partition("=")
+        if name not in _FIELDS or not number.isdecimal() or not int(number):
+            raise PoetxError(f"poetx: {part!r} is not one of {', '.join(f'{known}=N' for known in _FIELDS)}")
+        settings[_FIELDS[name]] = int(number)
+    settings.setdefault("num_key_value_heads", settings.get("num_attention_heads", 32))
+    return settings
+
+
+def parse_size(text: str) -> float:
+    """Bytes of ``24GB`` (10⁹ each), ``24GiB`` (2³⁰ each) or a plain number.
+
+    Raises:
+        PoetxError: it is none of these.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text, re.IGNORECASE)
+    if found is None:
+        raise PoetxError(f"poetx: --gpu takes a size such as 24GB or 80GiB, not {text!r}")
+    number, unit, binary = found.groups()
+    return float(number) * (1024 ** list(_UNITS).index(unit.upper()) if binary else _UNITS[unit.upper()])
+
+
+def _table(choices: Sequence[Choice], card: float | None, title: str) -> Table:
+    table = Table(title=f"{title}: GB at the peak of a step", title_justify="left")
+    table.add_column("")
+    for choice in choices:
+        table.add_column(choice.name, justify="right")
+    for category in _CATEGORIES:
+        sizes = (_gigabytes(getattr(choice.estimate, category)) for choice in choices)
+        table.add_row(category, *sizes, end_section=category == _CATEGORIES[-1])
+    table.add_row("total", *(_gigabytes(choice.estimate.total) for choice in choices))
+    table.add_row("peak in", *(choice.estimate.at for choice in choices))
+    if card is not None:
+        fits = ("[green]yes[/]" if choice.estimate.total <= card else "[red]no[/]" for choice in choices)
+        table.add_row(f"fits {card / 1e9:.3g} GB", *fits)
+    return table
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f}"

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from torch import nn, randn
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def spectrum(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import spectrum
+
+    yield spectrum
+    sys.modules.pop("spectrum", None)
+
+
+def test_fewer_bits_drift_more(spectrum: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "drift.csv"
+    spectrum.main(["--device", "cpu", "--shape", "48x33", "--block", "32", "--steps", "30", "--out", str(out)])
+    rows, machine = spectrum.plot_spectrum.read_csv(out)
+    assert machine["shape"] == "48x33"
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    steps = sorted({row.step for row in rows})
+    assert steps[0] == 1
+    assert steps[-1] == 30
+    last = {row.label: row for row in rows if row.step == 30}
+    assert len(last) == 7
+    for name in ("distance", "spectrum_drift", "spectrum_drift_rms"):
+        for dtype in ("bfloat16", "float16"):
+            eight, four, none = (getattr(last[f"{dtype}, {bits} bits"], name) for bits in (8, 4, 0))
+            assert getattr(last["float32"], name) < eight < four < none
+    assert last["float32"].distance < 2e-6
+
+
+def test_every_weight_turns_by_the_angle_that_was_asked(spectrum: ModuleType) -> None:
+    weight = nn.Parameter(randn(64, 64))
+    factor = spectrum.OrthogonalFactor(weight, "w", spectrum.PoetxConfig(block_size=32))
+    factor.q.data.normal_().mul_(spectrum.skew_size(factor, 0.01))
+    before = weight.detach().clone()
+    factor.retract()
+    moved = ((weight - before).norm() / before.norm()).item()
+    assert moved == pytest.approx(0.01 * 2**0.5, rel=0.1)  # both sides
+
+
+def test_an_unknown_dtype_is_refused(spectrum: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        spectrum.parse(["--dtypes", "bf16"])
+    assert "--dtypes takes float32, bfloat16, float16, not bf16" in capsys.readouterr().err
