@@ -2,7 +2,7 @@
 
 Peaks are those of NVIDIA's data sheets, for dense (not sparse) bfloat16 products and for the device's own memory: H100 SXM
 (H100 Tensor Core GPU data sheet), H200 SXM (H200 Tensor Core GPU data sheet), A100 80GB SXM (A100 Tensor Core GPU data
-sheet). tf32 products run at half the bfloat16 rate on all of them.
+sheet). float16 products run at the bfloat16 rate.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_TF32 = 0.5
 _WEIGHT = 2
 """Bytes of a bfloat16 number: weights, activations, and the states of an optimizer over them."""
 
@@ -46,15 +45,13 @@ class Kernel:
     Attributes:
         flops: multiplications and additions in matrix products; elementwise arithmetic is not counted.
         bytes: moved to and from memory at least: each operand read once, each result written once.
-        share: of the bfloat16 rate that its number format reaches.
     """
 
     flops: int
     bytes: int
-    share: float = 1.0
 
     def seconds(self, peaks: Peaks) -> float:
-        return max(self.flops / (self.share * peaks.flops), self.bytes / peaks.bandwidth)
+        return max(self.flops / peaks.flops, self.bytes / peaks.bandwidth)
 
 
 def floor_ms(kernels: Sequence[Kernel], peaks: Peaks | None) -> float | None:
@@ -93,10 +90,10 @@ def skews(m: int, n: int, block: int) -> int:
 
 
 def retract(m: int, n: int, block: int) -> list[Kernel]:
-    """The fold of a rotation into a bfloat16 weight with its int8 residual, in tf32."""
+    """The fold of a rotation into a bfloat16 weight with its int8 residual, its products in float16."""
     return [
-        Kernel(_cayley_flops(m, n, block), 4 * skews(m, n, block), _TF32),
-        Kernel(4 * m * n * block, 2 * (_WEIGHT + 1) * m * n, _TF32),
+        Kernel(_cayley_flops(m, n, block), 4 * skews(m, n, block)),
+        Kernel(4 * m * n * block, 2 * (_WEIGHT + 1) * m * n),
     ]
 
 
@@ -170,7 +167,7 @@ def low_rank(m: int, n: int, rank: int, is_projected_back: bool) -> list[Kernel]
 
 def per_step(kernels: Sequence[Kernel], period: int) -> list[Kernel]:
     """A step's share of work that is done once in ``period`` steps."""
-    return [Kernel(kernel.flops // period, kernel.bytes // period, kernel.share) for kernel in kernels]
+    return [Kernel(kernel.flops // period, kernel.bytes // period) for kernel in kernels]
 
 
 def _product(m: int, n: int, tokens: int) -> Kernel:
