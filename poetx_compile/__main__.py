@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import bench, doctor, plan
+from . import bench, doctor, forecast
 from .config import INNER, SKEW_DTYPES, PoetxConfig
 from .errors import PoetxError
 
@@ -24,7 +24,7 @@ def main() -> int:
     )
     ahead.add_argument("--seq", type=int, required=True, help="tokens of a sequence")
     ahead.add_argument("--batch", type=int, default=1, help="sequences of a micro-batch")
-    ahead.add_argument("--dtype", choices=plan.DTYPES, default="bfloat16", help="of the weights")
+    ahead.add_argument("--dtype", choices=forecast.DTYPES, default="bfloat16", help="of the weights")
     ahead.add_argument("--block-size", type=int, default=PoetxConfig.block_size)
     ahead.add_argument("--skew-dtype", choices=SKEW_DTYPES, default=PoetxConfig.skew_dtype)
     ahead.add_argument(
@@ -40,7 +40,7 @@ def main() -> int:
         if command == "doctor":
             return 0 if doctor.run(arguments["inner"]) else 1
         if command == "plan":
-            return 0 if plan.run(**arguments) else 1
+            return 0 if forecast.run(**arguments) else 1
         bench.tune()
     except PoetxError as error:
         print(error, file=sys.stderr)

@@ -268,7 +268,7 @@ def test_floors_by_hand(bench: ModuleType) -> None:
     assert rotated.training == [*4 * of_square, *2 * up, *down, *attention, *3 * [head], *table]
     skews = 4 * 2 + 3 * 3  # (m + n) / 2 for blocks of two
     assert rotated.optimizer == [Kernel(0, 14 * 38), Kernel(0, 28 * skews)]
-    cayley, turn = Kernel(48 * 2, 4 * 2, 0.5), Kernel(4 * 4 * 2, 6 * 4, 0.5)
+    cayley, turn = Kernel(48 * 2, 4 * 2), Kernel(4 * 4 * 2, 6 * 4)
     assert rotated.retraction[:2] == [cayley, turn] and len(rotated.retraction) == 14
 
     assert load.eight_bit_adamw().optimizer == [Kernel(0, 10 * 78)]

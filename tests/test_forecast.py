@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from transformers import BertConfig, LlamaConfig
 
-from poetx_compile import PoetxError, plan
+from poetx_compile import PoetxError, forecast
 
 TINY = "llama:hidden=64,intermediate=128,layers=1,heads=2,vocab=256"
 
@@ -19,7 +19,7 @@ TINY = "llama:hidden=64,intermediate=128,layers=1,heads=2,vocab=256"
 def printed(**changes: object) -> tuple[bool, str]:
     text = io.StringIO()
     settings = {"model": TINY, "gpu": "1GB", "seq": 32, "batch": 1, "block_size": 32} | changes
-    return plan.run(**settings, console=Console(width=160, file=text)), text.getvalue()
+    return forecast.run(**settings, console=Console(width=160, file=text)), text.getvalue()
 
 
 def test_prints_every_category_for_every_storage() -> None:
@@ -51,15 +51,15 @@ def test_the_command_tells_by_its_exit_status() -> None:
 @pytest.mark.parametrize("is_folder", [False, True])
 def test_reads_a_configuration_from_disk(tmp_path: Path, is_folder: bool) -> None:
     LlamaConfig(hidden_size=96, num_hidden_layers=5).save_pretrained(tmp_path)
-    config = plan.read_config(str(tmp_path if is_folder else tmp_path / "config.json"))
+    config = forecast.read_config(str(tmp_path if is_folder else tmp_path / "config.json"))
     assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("llama", 96, 5)
 
 
 def test_a_shorthand_is_a_configuration() -> None:
-    config = plan.read_config("llama:hidden=4096,intermediate=14336,layers=32,heads=32,kv_heads=8,vocab=128256")
+    config = forecast.read_config("llama:hidden=4096,intermediate=14336,layers=32,heads=32,kv_heads=8,vocab=128256")
     assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (4096, 14336, 32)
     assert (config.num_attention_heads, config.num_key_value_heads, config.vocab_size) == (32, 8, 128256)
-    assert plan.read_config("llama:heads=16").num_key_value_heads == 16
+    assert forecast.read_config("llama:heads=16").num_key_value_heads == 16
 
 
 @pytest.mark.parametrize(
@@ -67,13 +67,13 @@ def test_a_shorthand_is_a_configuration() -> None:
     [("24GB", 24e9), ("24 gb", 24e9), ("80GiB", 80 * 2**30), ("1.5T", 1.5e12), ("512MiB", 2**29), ("7", 7), ("9B", 9)],
 )
 def test_sizes(text: str, size: float) -> None:
-    assert plan.parse_size(text) == size
+    assert forecast.parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "24XB", "-3GB", "24 GB free"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(PoetxError, match=r"--gpu takes a size such as 24GB or 80GiB"):
-        plan.parse_size(text)
+        forecast.parse_size(text)
 
 
 @pytest.mark.parametrize(
@@ -87,14 +87,14 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 )
 def test_a_wrong_model_is_refused(model: str, sentence: str) -> None:
     with pytest.raises(PoetxError, match=sentence):
-        plan.read_config(model)
+        forecast.read_config(model)
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"model_type": "none such"}'])
 def test_a_wrong_file_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(PoetxError, match="is not a configuration of transformers"):
-        plan.read_config(str(tmp_path))
+        forecast.read_config(str(tmp_path))
 
 
 @pytest.mark.parametrize(("seq", "batch"), [(0, 1), (32, 0)])

@@ -16,9 +16,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture
 def plan(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import plan
+    import many_gpus
 
-    return plan
+    return many_gpus
 
 
 def sent(plan: ModuleType, name: str, ranks: int) -> float:
@@ -51,9 +51,9 @@ def test_models_are_those_of_the_benchmark(plan: ModuleType, name: str) -> None:
 
 
 def test_the_committed_table_is_what_the_formulas_give(plan: ModuleType, tmp_path: Path) -> None:
-    plan.main(["--out", str(tmp_path / "plan.csv")])
+    plan.main(["--out", str(tmp_path / "many_gpus.csv")])
     ours, committed = (
-        list(csv.reader(path.open())) for path in (tmp_path / "plan.csv", BENCHMARKS / "results" / "plan.csv")
+        list(csv.reader(path.open())) for path in (tmp_path / "many_gpus.csv", BENCHMARKS / "results" / "many_gpus.csv")
     )
     assert ours == committed
 

@@ -1,7 +1,7 @@
 """What several GPUs would send, hold and take by the formulas of docs/distributed.md: a plan on paper, not a measurement.
 
-python benchmarks/plan.py                          # writes benchmarks/results/plan.csv
-python benchmarks/plan.py --models 3b --ranks 2 --flops 989e12 --bandwidth 300e9
+python benchmarks/many_gpus.py                          # writes benchmarks/results/many_gpus.csv
+python benchmarks/many_gpus.py --models 3b --ranks 2 --flops 989e12 --bandwidth 300e9
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--flops", type=float, default=400e12, help="flop/s that products reach on one GPU: an assumption")
     parser.add_argument("--bandwidth", type=float, default=40e9, help="bytes/s that one rank sends: an assumption")
     parser.add_argument("--latency", type=float, default=10e-6, help="seconds of one hop: an assumption")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "plan.csv")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "many_gpus.csv")
     return parser.parse_args(argv)
 
 
