@@ -52,6 +52,7 @@ def test_a_missing_library_is_said_and_no_failure(monkeypatch: pytest.MonkeyPatc
         ({"least_change": 0.0}, "a weight did not move"),
         ({"spectrum_error": 2e-4}, "singular values moved by 2.0e-04"),
         ({"raw_loss": 4.1}, "raw loss 4.1, compiled 4"),
+        ({"raw_loss": 4.1, "ordinary_loss": 4.2}, "raw loss 4.1, compiled 4, by torch.compile alone 4.2"),
         ({"coverage": 0.0}, "nothing was rotated"),
     ],
 )
@@ -60,5 +61,5 @@ def test_what_does_not_hold_is_named(change: dict[str, float], reason: str) -> N
         model="", note="", dtype="bfloat16", steps=6, coverage=80.0, first_loss=5.0, last_loss=4.5,
         raw_loss=4.0, compiled_loss=4.0, spectrum_error=1e-6, least_change=1e-3,
     )  # fmt: skip
-    assert models.broken(good) == []
+    assert models.broken(good) == models.broken(replace(good, raw_loss=4.1, ordinary_loss=4.0)) == []
     assert models.broken(replace(good, **change)) == [reason]
