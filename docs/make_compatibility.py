@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -28,6 +29,11 @@ compiled module agree, singular values stay, and every parameter has its line in
 ordinary, are a smaller share of a model of full size.
 
 {models}
+
+At their published sizes, on one {device} (torch {torch}), in bfloat16, six steps on one batch, by
+[`benchmarks/models.py`](../benchmarks/README.md#real-models-modelspy) ([all columns](../benchmarks/results/models-h100.csv)):
+
+{real}
 
 ## Spellings of a linear layer
 
@@ -94,8 +100,34 @@ def model(toy: Toy) -> tuple[object, ...]:
     return toy.name, toy.library or "torch", f"{toy.coverage:.1f} %", f"`{options}`" if options else ""
 
 
+def measured() -> list[dict[str, str]]:
+    with (HERE.parent / "benchmarks/results/models-h100.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def real(rows: Iterable[dict[str, str]]) -> Iterator[tuple[object, ...]]:
+    for row in rows:
+        name = f"{row['model']} ({row['note']})" if row["note"] else row["model"]
+        if not row["parameters"]:
+            yield name, "", "", "", "", row["reason"].split(" Set TORCHDYNAMO")[0]
+            continue
+        losses = f"{float(row['first_loss']):.2f} to {float(row['last_loss']):.2f}"
+        numbers = (
+            f"{int(row['parameters']) / 1e6:,.0f} M",
+            f"{row['coverage']} %",
+            losses,
+            f"{float(row['spectrum_error']):.0e}",
+        )
+        yield name, *numbers, row["reason"]
+
+
 def page() -> str:
+    rows = measured()
+    headings = ("model", "parameters", "of them rotated", "loss", "singular values moved by", "what does not hold")
     return PAGE.format(
+        device=rows[0]["device"],
+        torch=rows[0]["torch"].partition("+")[0],
+        real=table(headings, real(rows)),
         models=table(("model", "from", "numbers that are rotated", "options"), map(model, ZOO)),
         gram=code(spelling.name for spelling in CANONICAL + CHECKPOINTED),
         dense=code(spelling.name for spelling in OTHER),

@@ -213,9 +213,10 @@ def _rotate_kernel(
 
 
 def serves(weight: Tensor, residual: Tensor | None, rows: Tensor | None, columns: Tensor | None, run: int) -> bool:
-    """Whether these operands of :func:`rotate_` fit: whole blocks of 128 or 256 along both sides, in float16."""
+    """Whether these contiguous operands of :func:`rotate_` fit: whole blocks of 128 or 256 along both sides, in float16."""
     return (
         residual is not None
+        and all(tensor.data_ptr() % 16 == 0 for tensor in (weight, residual))
         and all(side is not None and side.dtype == torch.float16 and side.shape[-1] in _WIDTHS for side in (rows, columns))
         and weight.shape == tuple(side.shape[0] * side.shape[1] for side in (rows, columns) if side is not None)
         and weight.numel() < 2**31

@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _WIDEST = 512
+_TWO_PASSES = "rotations take two passes over each weight: this version of Triton does not know the kernel for one (%s)"
+
+_takes_two_passes: set[torch.device] = set()
 
 library = torch.library.Library("poetx", "DEF")
 library.define(
@@ -84,12 +87,10 @@ def _rotate_(
     if _fits(weight, *widths) and is_whole and all(tensor.is_contiguous() for tensor in stored):
         from . import triton_rotate
 
-        both = _both_sides(weight.device)
+        sides = (rows, row_channels, columns, column_channels, run)
         with torch.cuda.device(weight.device):
-            if both is not None and both.serves(weight, residual, rows, columns, run):
-                both.rotate_(weight, residual, rows, row_channels, columns, column_channels, run)
-            else:
-                triton_rotate.rotate_(weight, residual, rows, row_channels, columns, column_channels, run, precision)
+            if not _rotate_in_one_pass(weight, residual, *sides):
+                triton_rotate.rotate_(weight, residual, *sides, precision)
     else:
         operands: tuple[Any, ...] = weight, residual, rows, row_channels, columns, column_channels
         try:
@@ -126,15 +127,39 @@ def _fits(tensor: Tensor, *widths: int) -> bool:
     return tensor.is_cuda and _HAS_TRITON and tensor.dtype != torch.float64 and max(widths, default=0) <= _WIDEST
 
 
+def _rotate_in_one_pass(
+    weight: Tensor,
+    residual: Tensor | None,
+    rows: Tensor | None,
+    row_channels: Tensor,
+    columns: Tensor | None,
+    column_channels: Tensor,
+    run: int,
+) -> bool:
+    """Rotate both sides at once where that is possible, and say whether it was."""
+    kernel = _one_pass(weight.device)
+    if kernel is None or weight.device in _takes_two_passes or not kernel.serves(weight, residual, rows, columns, run):
+        return False
+    from triton.errors import TritonError
+
+    try:
+        kernel.rotate_(weight, residual, rows, row_channels, columns, column_channels, run)
+    except (TritonError, RuntimeError) as error:  # compilation comes before the launch: nothing is written yet
+        _takes_two_passes.add(weight.device)
+        log.warning(_TWO_PASSES, error)
+        return False
+    return True
+
+
 @functools.cache
-def _both_sides(device: torch.device) -> Any:
+def _one_pass(device: torch.device) -> Any:
     """The kernel that rotates both sides in one pass, on the GPUs that it is written for."""
     if torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
         return None
     try:
         from . import gluon_rotate
-    except (ImportError, AttributeError) as error:  # Gluon's interface is not settled yet
-        log.warning("this version of Triton cannot rotate both sides in one pass, which is slower: %s", error)
+    except (ImportError, AttributeError) as error:
+        log.warning(_TWO_PASSES, error)
         return None
     return gluon_rotate
 

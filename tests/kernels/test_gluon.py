@@ -116,3 +116,29 @@ def test_weights_that_do_not_fit_take_two_passes() -> None:
     assert not serves(one_sided)
     got, expected = decode(*rotated(ragged)), exact(ragged)
     assert torch.linalg.norm(got - expected) < 4e-5 * torch.linalg.norm(expected)
+
+
+def test_weights_in_odd_places_take_two_passes() -> None:
+    args = operands(256, 256, 256, 256, torch.bfloat16, 1e-3)
+    odd = torch.empty(256 * 256 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(256, 256).copy_(args[0])
+    assert not serves([odd, *args[1:]])
+    expected = exact(args)
+    rotate_(odd, args[1], *args[2:], "tf32")
+    assert torch.linalg.norm(decode(odd, args[1]) - expected) < 4e-5 * torch.linalg.norm(expected)
+
+
+def test_a_kernel_that_does_not_compile_is_done_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from poetx_compile.kernels import gluon_rotate, ops
+
+    def fail(*operands: object) -> None:
+        raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr(ops, "_takes_two_passes", set())
+    monkeypatch.setattr(gluon_rotate, "rotate_", fail)
+    args = operands(256, 256, 256, 256, torch.bfloat16, 1e-3)
+    for _ in range(2):
+        got, expected = decode(*rotated(args)), exact(args)
+        assert torch.linalg.norm(got - expected) < 4e-5 * torch.linalg.norm(expected)
+    assert caplog.text.count("take two passes over each weight") == 1
