@@ -1,12 +1,11 @@
 # make demo   pretrain a small Llama by rotations, then by ordinary training, and compare (minutes on two cores)
 # make test   linters, type checker and tests
 #
-# Each sets up .venv first. Choices:   make demo PYTHON=python3.12 DEMO="--config 60m"
-# A torchvision goes with one torch:   make test TORCH="torch==2.12.* torchvision==0.27.*"
+# Each sets up .venv first. Choices:   make demo PYTHON=python3.12 TORCH=torch==2.12.0 DEMO="--config 60m"
 # Another package index for torch:     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu130 make test
 
 PYTHON ?= python3
-TORCH ?= torch==2.13.0 torchvision==0.28.0
+TORCH ?= torch==2.13.0
 DEMO ?= --compare adamw
 TESTS ?=
 BIN := .venv/bin
@@ -28,8 +27,8 @@ lint: .venv/ready
 
 .venv/ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -c "from importlib.metadata import version as v; v('torch'), v('torchvision')" 2>/dev/null || $(BIN)/python -m pip install $(TORCH:%="%")
-	$(BIN)/python -m pip install -e ".[test,models]"
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
+	$(BIN)/python -m pip install -e ".[test]"
 	touch $@
 
 clean:
