@@ -19,6 +19,7 @@ from .config import SKEW_DTYPES, PoetxConfig
 from .errors import PoetxError, PoetxWarning
 from .factor import OrthogonalFactor, factors
 from .kernels import HALF
+from .layout import StackLayout
 
 Entry = dict[str, Any]
 
@@ -197,7 +198,14 @@ def check_settings(factor: OrthogonalFactor, entry: Entry) -> None:
 
 
 def _other_setting(factor: OrthogonalFactor, entry: Entry) -> str | None:
-    return next((name for name in _SETTINGS if _saved_setting(entry, name) != getattr(factor.config, name)), None)
+    return next((name for name in _SETTINGS if not _is_kept(factor, name, _saved_setting(entry, name))), None)
+
+
+def _is_kept(factor: OrthogonalFactor, name: str, saved: Any) -> bool:
+    """Whether a setting is the saved one, or of a ``chunk`` at least means the same blocks."""
+    if name == "chunk":
+        return factor.stack == StackLayout.of(factor.stack.shape, factor.config.block_size, saved)
+    return saved == getattr(factor.config, name)
 
 
 def _saved_setting(entry: Entry, name: str) -> Any:

@@ -21,6 +21,8 @@ from .factor import OrthogonalFactor, factors
 
 Group: TypeAlias = "distributed.ProcessGroup | None"
 
+_SHARED = ("scale", "precision", "permutation_period", "residual_bits", "skew_dtype")
+
 
 @contextmanager
 def skews_in_place(module: nn.Module, arguments: Mapping[str, Any]) -> Iterator[None]:
@@ -38,7 +40,8 @@ def skews_in_place(module: nn.Module, arguments: Mapping[str, Any]) -> Iterator[
     ]
     converted = list(dict.fromkeys(factor for *_, factor in slots))
     if converted:
-        group: Group = arguments.get("process_group")
+        mesh = arguments.get("device_mesh")
+        group: Group = mesh.get_group(mesh_dim=0) if mesh is not None else arguments.get("process_group")
         _agree(converted, group)
         _refuse_search(converted, arguments)
         for factor in converted:
@@ -87,7 +90,17 @@ def check_ranks(model: nn.Module, *, repair: bool = False, group: Group = None) 
 
 
 def _agree(converted: list[OrthogonalFactor], group: Group) -> None:
-    drawn = [(factor.name, factor.key, factor.epoch, factor.stack) for factor in converted]
+    drawn = [
+        (
+            factor.name,
+            factor.key,
+            factor.epoch,
+            factor.steps,
+            factor.stack,
+            *(getattr(factor.config, name) for name in _SHARED),
+        )
+        for factor in converted
+    ]
     digest = hashlib.sha256(repr(drawn).encode()).hexdigest()
     digests: list[str | None] = [None] * distributed.get_world_size(group)
     distributed.all_gather_object(digests, digest, group)

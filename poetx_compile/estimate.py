@@ -14,6 +14,7 @@ from .config import PoetxConfig
 from .errors import PoetxError
 from .factor import SKEWS_PER_BATCH, OrthogonalFactor
 from .kernels import HALF
+from .kernels.ops import WIDEST
 from .liveness import Alive, Walk, nbytes
 from .passes import LinearMatch, choose_route, match, normalize, rewrite
 
@@ -228,10 +229,13 @@ def _squares(factor: OrthogonalFactor) -> int:
 
 
 def _fold(factors: Sequence[OrthogonalFactor], bits: int) -> int:
-    """Scratch of folding the largest matrix: none by the Triton kernel, which serves 8 bits; else float32 copies of it."""
-    if bits == 8:
-        return 0
-    halves = [
-        factor.stack.rows.features * factor.stack.columns.features for factor in factors if factor.weight.dtype in HALF
+    """Scratch of folding the largest matrix that no Triton kernel serves: float32 copies of it."""
+    sizes = [
+        factor.stack.rows.features * factor.stack.columns.features for factor in factors if not _by_kernel(factor, bits)
     ]
-    return 12 * max(halves, default=0)
+    return 12 * max(sizes, default=0)
+
+
+def _by_kernel(factor: OrthogonalFactor, bits: int) -> bool:
+    is_whole = factor.weight.dtype not in HALF or bits == 8
+    return is_whole and all(side.width <= WIDEST for side in factor.stack.sides)

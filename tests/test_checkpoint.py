@@ -351,6 +351,11 @@ class TestRefusals:
             run.train(2, 3)
         assert factor_of(run.model[0].weight).steps == 0
 
+    def test_an_automatic_chunk_is_the_one_that_it_stands_for(self) -> None:
+        run = Run(block_size=8, chunk=8).compile().train(0, 3)
+        resumed = Run(block_size=8, chunk=0).compile().load(run.save()).train(3, LAST)
+        exact(values(resumed.model), values(run.train(3, LAST).model))
+
     def test_another_dtype_of_skews(self) -> None:
         file = Run(dtype=torch.bfloat16, skew_dtype="bfloat16").compile().train(0, 2).save()
         run = Run(dtype=torch.bfloat16).compile().load(file)

@@ -18,8 +18,12 @@ from .residual import HALF, master_dtype
 log = logging.getLogger(__name__)
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_WIDEST = 512
-_TWO_PASSES = "rotations take two passes over each weight: this version of Triton does not know the kernel for one (%s)"
+WIDEST = 512
+_TWO_PASSES = "rotations take two passes over each weight, which is slower: %s"
+_ON_HOST = (
+    "no memory on the device to rotate a weight of %d x %d: it was rotated on the host. Of several ranks, call "
+    "poetx_compile.check_ranks(model, repair=True)"
+)
 
 _takes_two_passes: set[torch.device] = set()
 
@@ -96,6 +100,7 @@ def _rotate_(
         try:
             _rotate_naively(*operands, seed=seed)
         except torch.OutOfMemoryError:  # others may have been folded by now: so must this one, by the host's memory
+            log.warning(_ON_HOST, *weight.shape)
             on_host: tuple[Any, ...] = tuple(None if tensor is None else tensor.cpu() for tensor in operands)
             _rotate_naively(*on_host, seed=seed)
             for tensor, turned in zip(operands[:2], on_host):
@@ -124,7 +129,7 @@ def _check(precision: str) -> None:
 
 def _fits(tensor: Tensor, *widths: int) -> bool:
     """Whether the Triton kernels serve: a GPU, no float64, and blocks that stay in registers."""
-    return tensor.is_cuda and _HAS_TRITON and tensor.dtype != torch.float64 and max(widths, default=0) <= _WIDEST
+    return tensor.is_cuda and _HAS_TRITON and tensor.dtype != torch.float64 and max(widths, default=0) <= WIDEST
 
 
 def _rotate_in_one_pass(
@@ -145,7 +150,8 @@ def _rotate_in_one_pass(
     try:
         kernel.rotate_(weight, residual, rows, row_channels, columns, column_channels, run)
     except (TritonError, RuntimeError) as error:  # compilation comes before the launch: nothing is written yet
-        _takes_two_passes.add(weight.device)
+        if "[CUDA]" not in str(error):  # of the driver, which may have memory again next time
+            _takes_two_passes.add(weight.device)
         log.warning(_TWO_PASSES, error)
         return False
     return True

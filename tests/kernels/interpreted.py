@@ -9,8 +9,6 @@ import math
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,8 +17,6 @@ from poetx_compile.kernels import dense, naive, triton_cayley, triton_gram, trit
 from poetx_compile.kernels.gram import GramSide
 from poetx_compile.kernels.precision import PRECISIONS
 from poetx_compile.kernels.residual import decode
-from poetx_compile.kernels.stochastic import random_bits, round_stochastically_
-from poetx_compile.kernels.triton_stochastic import encode_stochastic, stochastic_bits
 from poetx_compile.kernels.tuning import GramTiles, RotateTiles
 from poetx_compile.layout import BlockLayout, StackLayout
 
@@ -164,27 +160,3 @@ def test_rotate_keeps_zeros_and_spoils_no_more_than_it_must(dtype: torch.dtype, 
     assert abs(after[:, 20].norm() - length) < 3e-5
     others = [column for column in range(48) if column not in (5, 20)]
     assert not after[:, others].any()
-
-
-@triton.jit(do_not_specialize=["seed"])
-def round_kernel(master, weight, bits, size, seed, KIND: tl.constexpr, TILE: tl.constexpr):
-    places = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    random = stochastic_bits(seed, places)
-    tl.store(bits + places, random.to(tl.int32, bitcast=True), mask=places < size)
-    encode_stochastic(weight, places, places < size, tl.load(master + places, mask=places < size, other=0.0), random, KIND)
-
-
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-@given(seed=st.integers(0, 2**63 - 1) | st.integers(0, 3), log_size=st.floats(-80, 9), m=features, n=features)
-def test_stochastic_rounding(dtype: torch.dtype, seed: int, log_size: float, m: int, n: int) -> None:
-    """The bits of the oracle, and the same halves."""
-    master = torch.randn(m, n) * math.exp(log_size)
-    master[0, :4] = torch.tensor([0.0, float("inf"), -float("inf"), float("nan")])
-    weight, bits = torch.empty_like(master, dtype=dtype), torch.empty_like(master, dtype=torch.int32)
-    size = master.numel()
-    round_kernel[(triton.cdiv(size, 256),)](master, weight, bits, size, seed, KIND=1 + (dtype == torch.float16), TILE=256)
-    places = torch.arange(size, dtype=torch.int32).view(m, n)
-    assert torch.equal(bits, random_bits(seed, places))
-    expected = torch.empty_like(weight)
-    round_stochastically_(expected, master, seed)
-    torch.testing.assert_close(weight, expected, rtol=0, atol=0, equal_nan=True)

@@ -1,1 +1,0 @@
-../poetx_compile/kernels/triton_stochastic.py
