@@ -18,7 +18,7 @@ from pathlib import Path
 
 import plot_spectrum
 import torch
-from layer_rows import facts
+from rows import facts
 from spectrum_rows import Row, write_csv
 from torch import Tensor, nn
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -33,6 +34,14 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
 }
 Case = tuple[Callable[[], nn.Module], Callable[[Callable[..., Any]], Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def no_model_is_left() -> Iterator[None]:
+    """One with gradients and no optimizer would be warned of in the next test."""
+    yield
+    torch._dynamo.reset()
+    gc.collect()
 
 
 def case(name: str, dtype: torch.dtype, checkpointing: bool = False, tokens: int = 96) -> Case:
