@@ -57,14 +57,17 @@ def run(case: Row, device: str, seconds: float) -> Row:
         out = Path(folder) / "row.json"
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
         command = [*launch, str(HERE / "ddp_rank.py"), device, json.dumps(dataclasses.asdict(case)), str(out)]
-        try:
-            done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return dataclasses.replace(case, reason=f"not done in {seconds:.0f} seconds")
+        with subprocess.Popen(command, env=_environment(), stderr=subprocess.PIPE, text=True) as process:
+            try:
+                _, errors = process.communicate(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                process.terminate()  # torchrun ends its ranks, which hold the pipe and the GPUs too
+                process.communicate()
+                return dataclasses.replace(case, reason=f"not done in {seconds:.0f} seconds")
         if out.exists():
             return Row(**json.loads(out.read_text()))
-        last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
-        return dataclasses.replace(case, reason=" ".join([f"exit code {done.returncode}:", *last])[:300])
+        last = [line for line in errors.splitlines() if line.strip()][-1:]
+        return dataclasses.replace(case, reason=" ".join([f"exit code {process.returncode}:", *last])[:300])
 
 
 def _environment() -> dict[str, str]:

@@ -1,6 +1,8 @@
 """Several processes under torchrun, which starts all of them again when one dies; they go on from the newest checkpoint.
 
-torchrun --nproc-per-node 2 --max-restarts 3 examples/trainers/elastic.py
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 2 --max-restarts 3 examples/trainers/elastic.py
+
+The variable gives each life a store of its own: in a shared one, ranks find the addresses of those that died.
 """
 
 from __future__ import annotations
@@ -62,6 +64,7 @@ def train(out: Path, resume: Path | None = None) -> nn.Module:
                 temporary = checkpoint.with_suffix(".tmp")
                 torch.save(content | {"step": done}, temporary)
                 temporary.replace(checkpoint)
+    del wrapped, loss  # DistributedDataParallel must go before the group that it reduces in: else ranks may wait in their end
     distributed.destroy_process_group()
     return model
 

@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 
 exact = partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -20,8 +21,14 @@ def launch(out: Path, fatal_step: int, restarts: int) -> subprocess.CompletedPro
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*torchrun, f"--max-restarts={restarts}", str(HERE / "dying.py"), str(out), str(fatal_step)]
     paths = os.pathsep.join(filter(None, [str(RECIPES), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            output, errors = process.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its ranks, which hold the pipes too
+            pytest.fail(f"not done in 240 seconds: {process.communicate()}")
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def test_ranks_restarted_after_a_death_end_with_the_same_bits(tmp_path: Path) -> None:
