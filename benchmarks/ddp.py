@@ -57,7 +57,9 @@ def run(case: Row, device: str, seconds: float) -> Row:
         out = Path(folder) / "row.json"
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
         command = [*launch, str(HERE / "ddp_rank.py"), device, json.dumps(dataclasses.asdict(case)), str(out)]
-        with subprocess.Popen(command, env=_environment(), stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
             try:
                 _, errors = process.communicate(timeout=seconds)
             except subprocess.TimeoutExpired:

@@ -64,7 +64,7 @@ def train(out: Path, resume: Path | None = None) -> nn.Module:
                 temporary = checkpoint.with_suffix(".tmp")
                 torch.save(content | {"step": done}, temporary)
                 temporary.replace(checkpoint)
-    del wrapped, loss  # DistributedDataParallel must go before the group that it reduces in: else ranks may wait in their end
+    del wrapped, loss  # they must go before the group in which they were reduced: else ranks may wait at their end
     distributed.destroy_process_group()
     return model
 
