@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import sys
 import tempfile
@@ -251,6 +252,7 @@ def main(argv: Sequence[str]) -> None:
     if rank == 0:
         Path(out).write_text(json.dumps(dataclasses.asdict(dataclasses.replace(row, facts=machine))))
     distributed.barrier()
+    gc.collect()  # a wrapper that outlives the group may wait for ever for the thread that runs its hook
     with suppress(RuntimeError):
         distributed.destroy_process_group()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -360,4 +361,5 @@ def _rank(rank: int, world: int, folder: Path) -> None:
     torch.save(results, buffer)
     (folder / f"{world}-{rank}.pt").write_bytes(buffer.getvalue())
     distributed.barrier()
+    gc.collect()  # a wrapper that outlives the group may wait for ever for the thread that runs its hook
     distributed.destroy_process_group()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -104,15 +105,20 @@ def test_rows_survive_the_csv(ddp: ModuleType, tmp_path: Path) -> None:
     assert ddp.read_csv(tmp_path / "X.csv") == rows
 
 
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A world of this process alone. A wrapper that outlives it may wait for ever for the thread that runs its hook."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize(("hook", "bytes_each"), [("allreduce_hook", 4), ("bf16_compress_hook", 2)])
 def test_buckets_are_counted_as_they_are_sent(rank: ModuleType, hook: str, bytes_each: int) -> None:
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        module = DistributedDataParallel(nn.Linear(30, 7))
-        sent = rank.count_buckets(module, getattr(rank, hook))
-        module(torch.ones(2, 30)).sum().backward()
-    finally:
-        distributed.destroy_process_group()
+    module = DistributedDataParallel(nn.Linear(30, 7))
+    sent = rank.count_buckets(module, getattr(rank, hook))
+    module(torch.ones(2, 30)).sum().backward()
     assert sum(sent) == bytes_each * (30 * 7 + 7)
 
 
