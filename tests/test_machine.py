@@ -18,7 +18,7 @@ def test_facts_are_flat_and_the_same_names_everywhere() -> None:
 
 def test_a_package_that_is_not_there_has_no_version() -> None:
     assert machine.version("no-such-package") is None
-    assert machine.version("torch") == torch.__version__
+    assert torch.__version__.startswith(str(machine.version("torch")))  # a local build adds to it
 
 
 def test_a_command_that_fails_says_nothing() -> None:

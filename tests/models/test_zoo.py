@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from zoo import ZOO, Toy
 
@@ -73,7 +75,14 @@ def check_agreement(toy: Toy, model: nn.Module, compiled: Any) -> None:
         torch.testing.assert_close(rotated, raw)
 
 
-@pytest.mark.parametrize("toy", ZOO, ids=str)
+BREAKS = pytest.mark.xfail(
+    Version(transformers.__version__) < Version("5.23"),
+    strict=True,
+    reason="draws its layer drop in Python while it trains, which breaks its graph: convolutions stay outside",
+)
+
+
+@pytest.mark.parametrize("toy", [pytest.param(toy, id=str(toy), marks=[BREAKS] * (toy.name == "Whisper")) for toy in ZOO])
 def test_model(toy: Toy) -> None:
     model = toy.model()
     start = copy.deepcopy(model)
