@@ -84,26 +84,36 @@ def run_here(cases: Sequence[Case], board: Board) -> bool:
 
 def run_beside(cases: Sequence[Case], board: Board, jobs: int) -> bool:
     """Processes side by side; says whether all went well."""
-    waiting, running, is_well = list(cases), {}, True
-    while waiting or running:
-        while waiting and len(running) < jobs and time.time() + START_SECONDS < waiting[0].deadline:
-            case = waiting.pop(0)
-            log = case.lines_path.with_suffix(".log")
-            with log.open("w") as file:
-                command = [sys.executable, str(CHILD), case.text()]
-                running[subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file)] = case, log
-        if not running:
-            break
-        time.sleep(POLL_SECONDS)
-        board.update()
-        for process in [process for process in running if process.poll() is not None]:
-            case, log = running.pop(process)
-            print(board.told(case.key), flush=True)
-            if process.returncode:
-                is_well = False
-                lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-                print(f"the process ended with {process.returncode}:", *lines[-LINES_TOLD:], sep="\n  ", flush=True)
+    waiting = list(cases)
+    running: dict[subprocess.Popen[bytes], tuple[Case, Path]] = {}
+    is_well = True
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs and time.time() + START_SECONDS < waiting[0].deadline:
+                process, case, log = _start(waiting.pop(0))
+                running[process] = case, log
+            if not running:
+                break
+            time.sleep(POLL_SECONDS)
+            board.update()
+            for process in [process for process in running if process.poll() is not None]:
+                case, log = running.pop(process)
+                print(board.told(case.key), flush=True)
+                if process.returncode:
+                    is_well = False
+                    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+                    print(f"the process ended with {process.returncode}:", *lines[-LINES_TOLD:], sep="\n  ", flush=True)
+    finally:
+        for process in running:
+            process.terminate()
     return is_well
+
+
+def _start(case: Case) -> tuple[subprocess.Popen[bytes], Case, Path]:
+    log = case.lines_path.with_suffix(".log")
+    with log.open("w") as file:
+        command = [sys.executable, str(CHILD), case.text()]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file), case, log
 
 
 def keys(args: argparse.Namespace) -> Iterator[Key]:

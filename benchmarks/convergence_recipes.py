@@ -15,6 +15,8 @@ from official import RefusalError, import_official
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from poetx_compile.optim import SkewMuon
+
 SIZES = {
     "tiny": Size(64, 128, 2, 2, 512),
     "60m": Size(512, 1280, 8, 8),
@@ -176,6 +178,21 @@ def poetx(recipe: Recipe, model: nn.Module, place: Place) -> Trained:
     return Trained(model, compiled, [adamw_over(recipe, model.parameters(), place)])
 
 
+def poetx_muon(recipe: Recipe, model: nn.Module, place: Place) -> Trained:
+    compiled = torch.compile(model, backend="poetx", options={**recipe.others, **place.inner} or None)
+    optimizer = SkewMuon(
+        model.parameters(),
+        lr=recipe["lr"],
+        momentum=recipe["momentum"],
+        nesterov=recipe["nesterov"],
+        adjust_lr_fn=recipe["adjust"],
+        betas=(0.9, recipe["beta2"]),
+        weight_decay=recipe["weight_decay"],
+        fused=place.is_fused or None,
+    )
+    return Trained(model, compiled, [optimizer])
+
+
 def adamw(recipe: Recipe, model: nn.Module, place: Place) -> Trained:
     return Trained(model, torch.compile(model, backend=place.compiler), [adamw_over(recipe, model.parameters(), place)])
 
@@ -231,6 +248,9 @@ def _value(text: str) -> Any:
 
 METHODS = {
     "poetx": Method(poetx, 2e-3, {}, takes_any=True),
+    "poetx-muon": Method(
+        poetx_muon, 2e-3, {"momentum": 0.95, "nesterov": True, "adjust": "match_rms_adamw"}, takes_any=True
+    ),
     "adamw": Method(adamw, 1e-3, {}),
     "muon": Method(muon, 1e-3, {"ratio": 1.0, "momentum": 0.95, "matrix_decay": 0.1, "adjust": "match_rms_adamw"}),
     "sgd": Method(sgd, 0.1, {"momentum": 0.9, "nesterov": True}),

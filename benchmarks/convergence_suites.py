@@ -24,6 +24,7 @@ SUITES = {
             "poetx:lr=2e-3",
             "adamw:dtype=autocast:lr=1e-3",
             "muon:dtype=autocast:lr=2e-3",
+            "poetx-muon:lr=2e-3",
             "poetx:dtype=autocast:lr=2e-3",
             "adamw:dtype=autocast:lr=2e-3",
             "adamw:lr=2e-3",
@@ -37,6 +38,16 @@ SUITES = {
             *over("muon:dtype=autocast", "lr", 2e-3, 4e-3, 1e-3, 8e-3),
             *over("adamw", "lr", 2e-3, 1e-3, 4e-3),
             *over("sgd:dtype=autocast:weight_decay=0", "lr", 0.1, 0.3, 1.0),
+        ),
+    ),
+    "muon": Suite(
+        "Orthogonalised updates of rotations (SkewMuon): rate and momentum",
+        (
+            *over("poetx-muon", "lr", 2e-3, 4e-3, 1e-3, 8e-3),
+            "poetx-muon:lr=2e-3:nesterov=False",
+            "poetx-muon:lr=2e-3:momentum=0.9",
+            "poetx-muon:lr=2e-3:scale=2.0",
+            "poetx-muon:dtype=autocast:lr=2e-3",
         ),
     ),
     "baselines": Suite(

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _REFUSED = {
     "LBFGS": "it evaluates the model at trial points within one step",
     "SparseAdam": "it takes sparse gradients only",
-    "Muon": "it orthogonalises matrices, and a rotation is trained as a packed vector",
+    "Muon": "it orthogonalises matrices, which poetx_compile.optim.SkewMuon does for rotations",
     "ZeroRedundancyOptimizer": "it would send the whole weight to all ranks at every step",
 }
 

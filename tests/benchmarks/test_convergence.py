@@ -223,7 +223,9 @@ def test_all_start_from_the_same_weights_whatever_the_dtype(bench: ModuleType) -
     assert other["model.layers.0.mlp.up_proj.weight"].std().item() == pytest.approx(0.5, rel=0.05)
 
 
-@pytest.mark.parametrize("recipe", ["muon:dtype=autocast", "sgd", "poetx:residual_bits=4", "adamw:beta2=0.95"])
+@pytest.mark.parametrize(
+    "recipe", ["muon:dtype=autocast", "sgd", "poetx:residual_bits=4", "poetx-muon:block_size=32", "adamw:beta2=0.95"]
+)
 def test_every_method_trains(bench: ModuleType, command: list[str], tmp_path: Path, recipe: str) -> None:
     from convergence_rows import read_csv
 
