@@ -55,6 +55,12 @@ class LinearMatch:
     stack: StackLayout
     uses: tuple[fx.Node, ...]
 
+    @property
+    def outputs(self) -> int | None:
+        """The dimension of the matrix along which its outputs lie, where all products agree on one."""
+        dimensions = {0 if use.target is LINEAR else 1 for use in self.uses}
+        return dimensions.pop() if len(dimensions) == 1 else None
+
 
 @dataclass(frozen=True)
 class Skip:
