@@ -35,13 +35,15 @@ COMMON: Mapping[str, Any] = {
     "lr": 0.0,
     "dtype": "bf16",
     "std": 0.0,
+    "gain": 1.0,
     "warmup": 100,
     "floor": 0.1,
     "clip": 1.0,
     "beta2": 0.999,
     "weight_decay": 0.01,
 }
-"""Settings that every method takes. ``std`` is that of the initial weights, 0 for ``hidden ** -0.5``; ``floor`` is the last
+"""Settings that every method takes. ``std`` is that of the initial weights, 0 for ``hidden ** -0.5``, and
+``gain`` multiplies those of the layers' matrices; ``floor`` is the last
 learning rate over the highest; ``beta2`` and ``weight_decay`` are AdamW's, for whatever it trains."""
 
 
@@ -124,6 +126,9 @@ class Recipe:
         start = build(place.size, place.length, place.device, torch.float32, place.seed, self["std"] or None)
         model = build(place.size, place.length, place.device, dtype)
         model.load_state_dict(start.state_dict())
+        with torch.no_grad():
+            for matrix in hidden_and_other(model)[0]:
+                matrix *= self["gain"]
         return METHODS[self.method].make(self, model, place)
 
 

@@ -75,5 +75,25 @@ SUITES = {
             "poetx:lr=2e-3:residual_bits=4",
         ),
     ),
+    "init": Suite(
+        "Initial weights: their size, and rows of norm 1",
+        (
+            "poetx:lr=2e-3:init=row-normalised",
+            "poetx:lr=2e-3:gain=2",
+            "poetx:lr=2e-3:gain=0.5",
+            "poetx:lr=2e-3:std=0.02",
+            "poetx:lr=2e-3:std=0.02:init=row-normalised",
+            "poetx:lr=2e-3",
+        ),
+    ),
+    "period": Suite(
+        "New permutations, and what the moments keep of the old",
+        (
+            *over("poetx:lr=2e-3:permutation_period=200", "moments", "transport", "reset", "second", "keep"),
+            *over("poetx:lr=2e-3:permutation_period=25", "moments", "transport", "second", "reset"),
+            "poetx:lr=2e-3",
+        ),
+    ),
+    "sides": Suite("One side alone", (*over("poetx:lr=2e-3", "sides", "rows", "columns"), "poetx:lr=2e-3")),
     "decay": Suite("The last learning rate", over("poetx:lr=2e-3", "floor", 0.1, 0.0)),
 }

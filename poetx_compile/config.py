@@ -17,6 +17,7 @@ PRECISIONS = ("auto", "ieee", "tf32x3", "tf32")
 INNER = ("inductor", "aot_eager")
 RESIDUAL_BITS = (8, 4, 0)
 SKEW_DTYPES = ("float32", "bfloat16")
+SIDES = ("both", "rows", "columns")
 INITS = ("keep", "row-normalised")
 MOMENTS = ("reset", "keep", "second", "transport")
 HEADS = ("lm_head", "head", "heads", "classifier", "score", "embed_out", "output_projection")
@@ -24,6 +25,7 @@ HEADS = ("lm_head", "head", "heads", "classifier", "score", "embed_out", "output
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "residual_bits": RESIDUAL_BITS,
     "skew_dtype": SKEW_DTYPES,
+    "sides": SIDES,
     "init": INITS,
     "moments": MOMENTS,
     "route": ROUTES,
@@ -49,6 +51,9 @@ class PoetxConfig:
 
     scale: float = 1.0
     """``s``: a block's skew matrix is ``s`` times what the optimizer wrote. Sets how fast rotations learn."""
+
+    sides: str = "both"
+    """Which sides of a weight rotate: ``both``, or only the ``rows`` or the ``columns`` of it as it is stored."""
 
     permutation_period: int = 0
     """Optimizer steps until new permutations are drawn; 0 keeps the first."""

@@ -36,6 +36,7 @@ _FIXED = (
     "residual_bits",
     "skew_dtype",
     "include_conv",
+    "sides",
     "init",
     "moments",
 )

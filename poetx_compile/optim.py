@@ -111,11 +111,13 @@ class SkewMuon(AdamW):
             for factor, _, grad in turned:
                 factor.q.grad = grad
         batch: list[tuple[OrthogonalFactor, dict[str, Any], Tensor]] = []
+        size = 0
         for factor, group, grad in turned:
             batch.append((factor, group, self._with_momentum(factor, group, grad)))
-            if sum(update.numel() for _, _, update in batch) >= SKEWS_PER_BATCH:
+            size += grad.numel()
+            if size >= SKEWS_PER_BATCH:
                 _turn(batch)
-                batch = []
+                batch, size = [], 0
         _turn(batch)
         return loss
 
