@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from official import RefusalError, import_official
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from poetx_compile import PoetxConfig
 from poetx_compile.optim import SkewMuon
 
 SIZES = {
@@ -67,7 +68,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Recipe:
-    """``METHOD:option=value:...``; options in alphabetical order, the learning rate always among them."""
+    """``METHOD:option=value:...``: in alphabetical order the learning rate, and the options that are not the default."""
 
     method: str
     options: tuple[tuple[str, Any], ...]
@@ -90,7 +91,12 @@ class Recipe:
         known = {**COMMON, **method.defaults}
         if unknown := [option for option in options if option not in known and not method.takes_any]:
             raise ValueError(f"{text!r}: {name} takes {', '.join(known)}, not {', '.join(unknown)}")
-        recipe = cls(name, tuple(sorted(options.items())))
+        defaults = {**(asdict(PoetxConfig()) if method.takes_any else {}), **known}
+        exact = {
+            option: float(value) if _is_whole(value, defaults.get(option)) else value for option, value in options.items()
+        }
+        told = [(option, value) for option, value in exact.items() if option == "lr" or defaults.get(option) != value]
+        recipe = cls(name, tuple(sorted(told)))
         if recipe["dtype"] not in DTYPES:
             raise ValueError(f"{text!r}: dtype is one of {', '.join(DTYPES)}, not {recipe['dtype']!r}")
         if not recipe["lr"] > 0:
@@ -242,6 +248,11 @@ def official(recipe: Recipe, model: nn.Module, place: Place) -> Trained:
 
     compiled = torch.compile(wrapped, backend=place.compiler)
     return Trained(wrapped, compiled, [optimizer], wrapped.merge_if_needed, resumed)
+
+
+def _is_whole(value: Any, default: Any) -> bool:
+    """Whether an integer stands for a number like the default."""
+    return type(value) is int and type(default) is float
 
 
 def _value(text: str) -> Any:
