@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -129,19 +130,11 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     monkeypatch.setattr(bench.convergence_run.Run, "train", train_and_keep)
     monkeypatch.setattr(bench, "START_SECONDS", -60.0)  # a run begins though no time is left, and stops at its first line
     name = "whole"
-    run(bench, *command, "--runs", RUNS, "--out", str(tmp_path / "whole.csv"))
+    command += ["--log-every", "2", "--runs", RUNS]
+    run(bench, *command, "--out", str(tmp_path / "whole.csv"))
     name = "resumed"
-    stopped = [
-        *command[:-1],
-        str(tmp_path / "other"),
-        "--runs",
-        RUNS,
-        "--out",
-        str(tmp_path / "resumed.csv"),
-        "--minutes",
-        "0",
-    ]
-    for calls in range(1, STEPS):
+    stopped = [*command, "--state", str(tmp_path / "other"), "--out", str(tmp_path / "resumed.csv"), "--minutes", "0"]
+    for calls in range(1, STEPS // 2):
         run(bench, *stopped)
         found = by_run(read_csv(tmp_path / "resumed.csv"))
         assert [len(lines) for lines in found.values()] == [calls, calls]
@@ -200,13 +193,13 @@ def test_processes_side_by_side_write_one_file_and_a_failure_is_told(
     out = tmp_path / "result.csv"
     side_by_side = [*command, "--jobs", "2", "--steps", "2", "--out", str(out)]
     with pytest.raises(SystemExit) as exit_:
-        bench.main([*side_by_side, "--runs", "adamw:warmup=1:dtype=fp32,official", "--grid", "std=0.02,0.1"])
+        bench.main([*side_by_side, "--runs", "adamw:warmup=1:dtype=fp32,adamw:warmup=1:dtype=fp32:std=0.1,official"])
     assert exit_.value.code == 1
     told = capsys.readouterr().out
     assert "needs --official DIR" in told
-    assert "2 of 4 runs have ended" in told
+    assert "2 of 3 runs have ended" in told
     found = by_run(read_csv(out))
-    assert [key.recipe for key in found] == [f"adamw:dtype=fp32:lr=0.001:std={std}:warmup=1" for std in ("0.02", "0.1")]
+    assert [key.recipe for key in found] == [f"adamw:dtype=fp32:lr=0.001{std}:warmup=1" for std in (":std=0.1", "")]
     assert {lines[-1].row.jobs for lines in found.values()} == {2}
 
 
@@ -303,3 +296,29 @@ def test_every_question_has_its_place_in_the_document(bench: ModuleType, tmp_pat
     assert "| 60m | 26.2 | 0.32 | `official:lr=0.001` | 4.050 ± 0.050 | 3.000 | 2 | 50 | 10.0 |" in text
     assert text.count(NOTHING) == len(SUITES) - 1
     assert all(suite.question in text for suite in SUITES.values())
+
+
+def test_a_grid_multiplies_runs_and_asks_for_each_once(bench: ModuleType, corpus: Path) -> None:
+    args = bench.parse(["--corpus", str(corpus), "--runs", "adamw,poetx,adamw", "--grid", "lr=1e-3,2e-3", "--seeds", "0,1"])
+    assert [(key.recipe, key.seed) for key in args.keys] == [
+        (f"{method}:lr={lr}", seed) for method in ("adamw", "poetx") for lr in (0.001, 0.002) for seed in (0, 1)
+    ]
+    core = bench.parse(["--corpus", str(corpus), "--suite", "core,rates"]).keys
+    assert len({key.recipe for key in core}) == len(core)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "nothing to run: give --suite or --runs"),
+        (["--suite", "speed"], "--suite takes core, .*not speed"),
+        (["--runs", "adam"], "no method 'adam'"),
+        (["--runs", "adamw", "--grid", "lr"], "'lr' is no option=value,value"),
+    ],
+)
+def test_a_command_that_cannot_be_is_refused(
+    bench: ModuleType, corpus: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
+) -> None:
+    with pytest.raises(SystemExit):
+        bench.parse(["--corpus", str(corpus), *arguments])
+    assert re.search(reason, capsys.readouterr().err)
