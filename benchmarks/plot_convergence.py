@@ -41,12 +41,13 @@ def _picture(path: Path, point: Key, families: Mapping[str, Family]) -> Path:
     for number, name in enumerate(shown):
         color = colormaps["tab20"](number)
         rate, losses = best[name]
-        over_tokens.plot(*zip(*losses), color=color, label=f"{name}: {losses[-1][1]:.3f} at lr {rate:g}")
+        over_tokens.plot(*zip(*losses), color=color, marker=".", label=f"{name}: {losses[-1][1]:.3f} at lr {rate:g}")
         ends = sorted((rate, losses[-1][1]) for rate, losses in families[name])
         over_rates.plot(*zip(*ends), color=color, marker="o", markersize=4)
     over_tokens.set_ylim(lowest - 0.05, lowest + 2 * _ROOM_ABOVE)
     over_tokens.set_xlabel("training tokens (millions)")
-    over_rates.set_ylim(lowest - 0.05, lowest + _ROOM_ABOVE)
+    highest = max(losses[-1][1] for runs in families.values() for _, losses in runs)
+    over_rates.set_ylim(lowest - 0.05, min(highest, lowest + _ROOM_ABOVE) + 0.05)
     over_rates.set_xscale("log")
     over_rates.set_xlabel("highest learning rate")
     for axes in (over_tokens, over_rates):
