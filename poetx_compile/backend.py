@@ -82,11 +82,11 @@ def convert(
     if matches:
         conversion.refuse_distributed([found.weight for found in matches])
     conversion.remember(skips)
-    if config.init != "keep":
-        initial.check_untrained((found.weight, found.name) for found in matches)
+    fresh = initial.untrained((found.weight, found.name) for found in matches) if config.init != "keep" else set()
     converted = []
     for found in matches:
-        factor = conversion.adopt(found.weight, found.name, config, found.stack.shape, found.outputs)
+        outputs = found.outputs if id(found.weight) in fresh else None
+        factor = conversion.adopt(found.weight, found.name, config, found.stack.shape, outputs)
         factor.route = choose_route(found, config)
         converted.append((found, factor))
     optimizer.join_running_step()

@@ -53,7 +53,7 @@ def adopt(
 
     Args:
         matrices: the stack ``[count, m, n]`` as which the weight is rotated; by default over its last two dimensions.
-        outputs: the dimension of a matrix along which its outputs lie; None where that is not known.
+        outputs: the dimension of a matrix along which its outputs lie, for ``config.init``; None keeps the values.
 
     Raises:
         PoetxError: the weight was converted with other settings.
@@ -100,8 +100,8 @@ def adopt_late(
             f"poetx: '{name}' shares compiled code with a converted weight, but this one cannot be converted: "
             f"{reason.value}. Leave all of them out with options={{'exclude': ['{name}']}}"
         )
-    if config.init != "keep":
-        initial.check_untrained([(weight, name)])
+    if config.init != "keep" and id(weight) not in initial.untrained([(weight, name)]):
+        outputs = None
     return adopt(weight, name, config, matrices, outputs)
 
 

@@ -19,35 +19,40 @@ _rescaled: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Weights, each with its version when it was rescaled."""
 
 
-def check_untrained(weights: Iterable[tuple[nn.Parameter, str]]) -> None:
-    """Raises:
-    PoetxError: an optimizer has trained one of the weights as an ordinary one.
+def untrained(weights: Iterable[tuple[nn.Parameter, str]]) -> set[int]:
+    """The identities of those weights for which no optimizer's state continues a rotation.
+
+    Raises:
+        PoetxError: an optimizer has trained one of the weights as an ordinary one.
     """
     optimizers = list(live_optimizers())
+    fresh = set()
     for weight, name in weights:
-        for optimizer in optimizers:
-            entry = optimizer.state.get(weight, {})
-            trained = (
+        entries = [(optimizer, entry) for optimizer in optimizers if (entry := optimizer.state.get(weight))]
+        for optimizer, entry in entries:
+            has_steps = (
                 any(torch.is_tensor(value) and value.ndim for value in entry.values()) and int(entry.get("step", 1)) > 0
             )
-            if trained and "poetx_live" not in entry:
+            if has_steps and "poetx_live" not in entry:
                 raise PoetxError(
                     f"poetx: '{name}' was trained by {type(optimizer).__name__} before, and options={{'init': 'row-normalised'}} "
                     "would rescale what it learnt: the option is for pretraining from scratch; leave it out"
                 )
+        if not any("poetx_live" in entry for _, entry in entries):
+            fresh.add(id(weight))
+    return fresh
 
 
 def normalise_rows(weight: nn.Parameter, name: str, outputs: int | None) -> None:
     """Divide a weight ``[m, n]`` by the norms of what makes its outputs, once: rows of ``nn.Linear``, columns of ``x @ W``.
 
     An output then has the size of the input's root mean square, as the authors' code has it (``normalize_weights``). Rows of
-    zeros stay. A weight that is not known to make its outputs so, or whose optimizer state continues a rotation, stays.
+    zeros stay.
 
     Args:
-        outputs: the dimension of the outputs; None where it is not known.
+        outputs: the dimension of the outputs; None leaves the weight as it is.
     """
-    continues = any("poetx_live" in optimizer.state.get(weight, {}) for optimizer in live_optimizers())
-    if outputs is None or continues or weight in _rescaled or is_fake(weight):
+    if outputs is None or weight in _rescaled or is_fake(weight):
         log.info("%s keeps its initial values", name)
         return
     with torch.no_grad():
