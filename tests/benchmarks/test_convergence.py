@@ -322,3 +322,56 @@ def test_a_command_that_cannot_be_is_refused(
     with pytest.raises(SystemExit):
         bench.parse(["--corpus", str(corpus), *arguments])
     assert re.search(reason, capsys.readouterr().err)
+
+
+OFFICIAL = """
+import dataclasses
+import os
+import torch
+
+
+@dataclasses.dataclass
+class POETConfig:
+    block_size: int
+    merge_interval: int
+    base_lr: float
+    poet_lr: float
+
+
+class POETModel(torch.nn.Module):
+    def __init__(self, model, config):
+        super().__init__()
+        self.base_model = model
+
+    def forward(self, **batch):
+        return self.base_model(**batch)
+
+    def merge_if_needed(self, step):
+        with open(os.environ["MERGES"], "a") as file:
+            file.write(f"{step} ")
+
+
+def get_poet_optimizer(model, config):
+    parameters = list(model.parameters())
+    groups = [{"params": parameters[1:], "lr": config.base_lr}, {"params": parameters[:1], "lr": config.poet_lr}]
+    return torch.optim.SGD(groups, lr=1.0)
+"""
+"""What we use of the authors' package, in its place."""
+
+
+def test_the_authors_code_merges_after_each_step_and_has_its_rates(
+    bench: ModuleType, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convergence_rows import read_csv
+
+    (tmp_path / "authors" / "poet_torch").mkdir(parents=True)
+    (tmp_path / "authors" / "poet_torch" / "__init__.py").write_text(OFFICIAL)
+    monkeypatch.setenv("MERGES", str(tmp_path / "merges"))
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
+    out = tmp_path / "result.csv"
+    authors = ["--official", str(tmp_path / "authors"), "--jobs", "1"]
+    run(bench, *command, *authors, "--runs", "official:lr=0.02:ratio=0.25:warmup=1", "--out", str(out))
+    assert (tmp_path / "merges").read_text() == "1 2 3 4 "
+    rows = [line.row for line in read_csv(out)]
+    assert rows[-1].end == "finished"
+    assert rows[1].lr == pytest.approx(0.02)
