@@ -46,8 +46,10 @@ SIZES = {
 """``tiny`` is for tests; the others have heads of 128 channels."""
 
 
-def build(size: Size, length: int, device: torch.device) -> nn.Module:
-    """A Llama in bfloat16, made on its device. Its weights keep the size of what passes through them."""
+def build(
+    size: Size, length: int, device: torch.device, dtype: torch.dtype = DTYPE, seed: int = 0, std: float | None = None
+) -> nn.Module:
+    """A Llama, made on its device. Its weights keep the size of what passes through them, unless ``std`` sets another."""
     from transformers import AutoModelForCausalLM, LlamaConfig  # takes seconds, which whoever needs sizes only can spare
 
     config = LlamaConfig(
@@ -58,9 +60,18 @@ def build(size: Size, length: int, device: torch.device) -> nn.Module:
         num_attention_heads=size.heads,
         num_key_value_heads=size.heads,
         max_position_embeddings=max(length, 2048),
-        initializer_range=size.hidden**-0.5,
+        initializer_range=std or size.hidden**-0.5,
         use_cache=False,
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with device:
-        return AutoModelForCausalLM.from_config(config, dtype=DTYPE).train()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+
+
+def hidden_and_other(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The matrices of the decoder layers, and all other parameters."""
+    inside: list[nn.Parameter] = []
+    outside: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (inside if ".layers." in name and parameter.ndim == 2 else outside).append(parameter)
+    return inside, outside

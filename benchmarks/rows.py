@@ -61,7 +61,7 @@ def read_csv(path: Path, kind: type[Row]) -> list[tuple[Row, dict[str, str]]]:
         lines = list(csv.DictReader(file))
     return [
         (
-            kind(**{name: _parse(hint, line[name]) for name, hint in hints.items()}),
+            kind(**{name: parse_value(hint, line[name]) for name, hint in hints.items()}),
             {name: text for name, text in line.items() if name not in hints},
         )
         for line in lines
@@ -72,6 +72,7 @@ def _columns(row: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(row)]
 
 
-def _parse(hint: Any, text: str) -> Any:
+def parse_value(hint: Any, text: str) -> Any:
+    """What a cell of a CSV says, as a dataclass's field of that type."""
     kinds = get_args(hint) or (hint,)
     return None if not text and NoneType in kinds else kinds[0](text)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llama import Size
+from llama import Size, hidden_and_other
 from model_floors import Load, StepFloor
 from official import RefusalError, import_official
 from torch import Tensor, nn
@@ -178,7 +178,7 @@ def bitsandbytes_adamw(spec: Spec, model: nn.Module, size: Size) -> Trainer:
 
 
 def muon(spec: Spec, model: nn.Module, size: Size) -> Trainer:
-    inside, outside = _hidden_and_other(model)
+    inside, outside = hidden_and_other(model)
     optimizers = [torch.optim.Muon(inside, lr=RATE), AdamW(outside, lr=RATE, fused=True)]
     return Trainer(model, _compiled(spec, model), optimizers)
 
@@ -218,7 +218,7 @@ def official(spec: Spec, model: nn.Module, size: Size) -> Trainer:
 
 
 def _low_rank(spec: Spec, model: nn.Module, optimizer: Callable[..., Optimizer], **settings: Any) -> Trainer:
-    inside, outside = _hidden_and_other(model)
+    inside, outside = hidden_and_other(model)
     groups = [{"params": outside}, {"params": inside, "proj_type": "std", **settings}]
     made = optimizer(groups, lr=RATE, no_deprecation_warning=True)
     rare = Rare("new projections, with the first states", spec["gap"])
@@ -227,15 +227,6 @@ def _low_rank(spec: Spec, model: nn.Module, optimizer: Callable[..., Optimizer],
 
 def _quarter(spec: Spec, size: Size) -> int:
     return spec["rank"] or size.hidden // 4
-
-
-def _hidden_and_other(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The matrices of the decoder layers, and all other parameters."""
-    parameters = dict(model.named_parameters())
-    inside = {name for name, parameter in parameters.items() if ".layers." in name and parameter.ndim == 2}
-    return [parameters[name] for name in parameters if name in inside], [
-        parameters[name] for name in parameters if name not in inside
-    ]
 
 
 def _compiled(spec: Spec, model: nn.Module) -> Callable[..., Any]:

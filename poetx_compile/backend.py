@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from . import conversion, optimizer
+from . import conversion, initial, optimizer
 from ._torch import (
     activation_budget,
     compile_with_aot_eager,
@@ -57,7 +57,10 @@ def poetx(
     extra = rewrite(edited, [(found, factor) for found, factor in converted if factor.route == "gram"])
     shown = fake_beside(extra, example_inputs)
     compiled = _compile(edited, [*example_inputs, *shown], config, patches)
-    slots = [Slot(found.index, found.name, found.stack.shape, factor.route == "gram") for found, factor in converted]
+    slots = [
+        Slot(found.index, found.name, found.stack.shape, found.outputs, factor.route == "gram")
+        for found, factor in converted
+    ]
     return Runtime(compiled, slots, config, [tensor for tensor in shown if is_fake(tensor)])
 
 
@@ -79,9 +82,11 @@ def convert(
     if matches:
         conversion.refuse_distributed([found.weight for found in matches])
     conversion.remember(skips)
+    fresh = initial.untrained((found.weight, found.name) for found in matches) if config.init != "keep" else set()
     converted = []
     for found in matches:
-        factor = conversion.adopt(found.weight, found.name, config, found.stack.shape)
+        outputs = found.outputs if id(found.weight) in fresh else None
+        factor = conversion.adopt(found.weight, found.name, config, found.stack.shape, outputs)
         factor.route = choose_route(found, config)
         converted.append((found, factor))
     optimizer.join_running_step()
@@ -105,6 +110,7 @@ class Slot:
     index: int
     name: str
     matrices: tuple[int, int, int]
+    outputs: int | None
     takes_factor: bool
 
 
@@ -131,7 +137,7 @@ class Runtime:
             factor = factors.of_weight(weight)
             if factor is None:
                 conversion.refuse_distributed([weight])
-                factor = conversion.adopt_late(weight, slot.name, self._config, slot.matrices)
+                factor = conversion.adopt_late(weight, slot.name, self._config, slot.matrices, slot.outputs)
                 late = True
             factor.follow_weight()
             optimizer.check_clean(factor)

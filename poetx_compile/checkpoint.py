@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _torch
-from .config import SKEW_DTYPES, PoetxConfig
+from .config import SIDES, SKEW_DTYPES, PoetxConfig
 from .errors import PoetxError, PoetxWarning
 from .factor import OrthogonalFactor, factors
 from .kernels import HALF
@@ -27,7 +27,8 @@ _NUMBERS_AT_ONCE = 1 << 22
 _PREFIX = "poetx_"
 _CODE = "poetx_code_"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_SETTINGS = ("block_size", "chunk", "scale", "residual_bits", "skew_dtype")
+_SETTINGS = ("block_size", "chunk", "scale", "residual_bits", "skew_dtype", "sides")
+_WORDS = {"skew_dtype": SKEW_DTYPES, "sides": SIDES}
 _PLACE = ("poetx_key", "poetx_epoch", "poetx_steps")
 _SHAPE = ("poetx_count", "poetx_rows", "poetx_columns")
 _FACTS = (*(_PREFIX + name for name in _SETTINGS), *_PLACE, *_SHAPE)
@@ -103,7 +104,7 @@ def adopt(optimizer: Optimizer) -> bool:
 
 
 def _facts(factor: OrthogonalFactor) -> Entry:
-    settings = [_as_number(getattr(factor.config, name)) for name in _SETTINGS]
+    settings = [_as_number(name, getattr(factor.config, name)) for name in _SETTINGS]
     return dict(zip(_FACTS, [*settings, factor.key, factor.epoch, factor.steps, *factor.stack.shape]))
 
 
@@ -204,19 +205,18 @@ def _other_setting(factor: OrthogonalFactor, entry: Entry) -> str | None:
 def _is_kept(factor: OrthogonalFactor, name: str, saved: Any) -> bool:
     """Whether a setting is the saved one, or of a ``chunk`` at least means the same blocks."""
     if name == "chunk":
-        return factor.stack == StackLayout.of(factor.stack.shape, factor.config.block_size, saved)
+        return factor.stack == StackLayout.of(factor.stack.shape, factor.config.block_size, saved, factor.config.sides)
     return saved == getattr(factor.config, name)
 
 
 def _saved_setting(entry: Entry, name: str) -> Any:
     """Older checkpoints do not name what had one value only."""
-    default = getattr(PoetxConfig, name)
-    saved = entry.get(_PREFIX + name, default)
-    return SKEW_DTYPES[saved] if isinstance(default, str) and not isinstance(saved, str) else saved
+    saved = entry.get(_PREFIX + name, getattr(PoetxConfig, name))
+    return _WORDS[name][saved] if name in _WORDS and not isinstance(saved, str) else saved
 
 
-def _as_number(setting: float | str) -> float:
-    return SKEW_DTYPES.index(setting) if isinstance(setting, str) else setting
+def _as_number(name: str, setting: Any) -> float:
+    return _WORDS[name].index(setting) if name in _WORDS else setting
 
 
 def _other_shape(factor: OrthogonalFactor, entry: Entry) -> tuple[int, ...] | None:

@@ -17,11 +17,17 @@ PRECISIONS = ("auto", "ieee", "tf32x3", "tf32")
 INNER = ("inductor", "aot_eager")
 RESIDUAL_BITS = (8, 4, 0)
 SKEW_DTYPES = ("float32", "bfloat16")
+SIDES = ("both", "rows", "columns")
+INITS = ("keep", "row-normalised")
+MOMENTS = ("reset", "keep", "second", "transport")
 HEADS = ("lm_head", "head", "heads", "classifier", "score", "embed_out", "output_projection")
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "residual_bits": RESIDUAL_BITS,
     "skew_dtype": SKEW_DTYPES,
+    "sides": SIDES,
+    "init": INITS,
+    "moments": MOMENTS,
     "route": ROUTES,
     "precision": PRECISIONS,
     "inner": INNER,
@@ -46,8 +52,14 @@ class PoetxConfig:
     scale: float = 1.0
     """``s``: a block's skew matrix is ``s`` times what the optimizer wrote. Sets how fast rotations learn."""
 
+    sides: str = "both"
+    """Which sides of a weight rotate: ``both``, or only the ``rows`` or the ``columns`` of it as it is stored."""
+
     permutation_period: int = 0
-    """Optimizer steps until new permutations are drawn and the moments of ``q`` start again; 0 keeps the first."""
+    """Optimizer steps until new permutations are drawn; 0 keeps the first."""
+
+    moments: str = "reset"
+    """What the optimizer keeps of ``q`` when permutations are drawn: nothing, or what :func:`.moments.carried` says."""
 
     seed: int = 0
     """Permutations depend on (seed, parameter name, number of the draw) only."""
@@ -60,6 +72,10 @@ class PoetxConfig:
 
     activation_memory_budget: float = 1.0
     """Share of the activations that a compiled graph may save for its backward, from 0 to 1; it computes the others again."""
+
+    init: str = "keep"
+    """What a conversion does to a weight's values: nothing, or for pretraining from scratch ``row-normalised``, which divides the
+    weights of each output by their norm. It changes the model's function."""
 
     exclude: tuple[str, ...] = ()
     """Weights to leave alone: ``fnmatch`` patterns on the whole name, or one component of it (``"gate"``)."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import gradient
+from . import gradient, initial
 from ._torch import active_ddp, distributed_wrapper
 from .config import PoetxConfig
 from .errors import PoetxError
@@ -36,22 +36,32 @@ _FIXED = (
     "residual_bits",
     "skew_dtype",
     "include_conv",
+    "sides",
+    "init",
+    "moments",
 )
 
 
 def adopt(
-    weight: nn.Parameter, name: str, config: PoetxConfig, matrices: tuple[int, int, int] | None = None
+    weight: nn.Parameter,
+    name: str,
+    config: PoetxConfig,
+    matrices: tuple[int, int, int] | None = None,
+    outputs: int | None = None,
 ) -> OrthogonalFactor:
-    """The factor of a weight, made if there is none yet. Changes nothing of the weight's values.
+    """The factor of a weight, made if there is none yet. Changes nothing of the weight's values, unless ``config.init`` says so.
 
     Args:
         matrices: the stack ``[count, m, n]`` as which the weight is rotated; by default over its last two dimensions.
+        outputs: the dimension of a matrix along which its outputs lie, for ``config.init``; None keeps the values.
 
     Raises:
         PoetxError: the weight was converted with other settings.
     """
     factor = factors.of_weight(weight)
     if factor is None:
+        if config.init != "keep":
+            initial.normalise_rows(weight, name, outputs)
         factor = OrthogonalFactor(weight, name, config, matrices)
         gradient.attach(factor)
         _skipped.pop(weight, None)
@@ -72,12 +82,17 @@ def adopt(
 
 
 def adopt_late(
-    weight: nn.Parameter, name: str, config: PoetxConfig, matrices: tuple[int, int, int] | None = None
+    weight: nn.Parameter,
+    name: str,
+    config: PoetxConfig,
+    matrices: tuple[int, int, int] | None = None,
+    outputs: int | None = None,
 ) -> OrthogonalFactor:
     """Convert a weight that meets compiled code made for another: a second instance, a copy, a replaced parameter.
 
     Raises:
-        PoetxError: this weight cannot be rotated, though the code was compiled for one that can.
+        PoetxError: this weight cannot be rotated, though the code was compiled for one that can; or ``config.init`` would
+            rescale what it learnt.
     """
     reason = unfit(weight, matrices)
     if reason is not None:
@@ -85,7 +100,9 @@ def adopt_late(
             f"poetx: '{name}' shares compiled code with a converted weight, but this one cannot be converted: "
             f"{reason.value}. Leave all of them out with options={{'exclude': ['{name}']}}"
         )
-    return adopt(weight, name, config, matrices)
+    if config.init != "keep" and id(weight) not in initial.untrained([(weight, name)]):
+        outputs = None
+    return adopt(weight, name, config, matrices, outputs)
 
 
 def release(weight: nn.Parameter) -> OrthogonalFactor | None:

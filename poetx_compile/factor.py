@@ -51,7 +51,7 @@ class OrthogonalFactor:
         self._weight = weakref.ref(weight)
         self.name = name
         self.config = config
-        self.stack = StackLayout.of(matrices or stacked(weight), config.block_size, config.chunk)
+        self.stack = StackLayout.of(matrices or stacked(weight), config.block_size, config.chunk, config.sides)
         self.rows, self.columns = self.stack.rows, self.stack.columns
         self.key = permutation_key(config.seed, name)
         self.epoch = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -90,10 +90,15 @@ class StackLayout:
     columns: BlockLayout
 
     @classmethod
-    def of(cls, matrices: tuple[int, int, int], block_size: int, chunk: int) -> StackLayout:
-        """The blocks of ``matrices`` ``[count, m, n]``."""
-        count, m, n = matrices
-        return cls(count, BlockLayout.of(m, block_size, chunk), BlockLayout.of(n, block_size, chunk))
+    def of(cls, matrices: tuple[int, int, int], block_size: int, chunk: int, sides: str = "both") -> StackLayout:
+        """The blocks of ``matrices`` ``[count, m, n]``; of its ``rows`` or ``columns`` only where ``sides`` says so."""
+        count, *features = matrices
+        rows, columns = (BlockLayout.of(size, block_size, chunk) for size in features)
+        if sides == "rows":
+            columns = replace(columns, count=0, width=0)
+        elif sides == "columns":
+            rows = replace(rows, count=0, width=0)
+        return cls(count, rows, columns)
 
     @property
     def shape(self) -> tuple[int, int, int]:

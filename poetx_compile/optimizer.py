@@ -17,7 +17,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from . import checkpoint, coverage
+from . import checkpoint, coverage, initial, moments
 from ._torch import live_optimizers, on_optimizer_state_loaded, run_first_after_step, steps_running
 from .errors import PoetxError
 from .factor import OrthogonalFactor, factors, retract_all
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _REFUSED = {
     "LBFGS": "it evaluates the model at trial points within one step",
     "SparseAdam": "it takes sparse gradients only",
-    "Muon": "it orthogonalises matrices, and a rotation is trained as a packed vector",
+    "Muon": "it orthogonalises matrices, which poetx_compile.optim.SkewMuon does for rotations",
     "ZeroRedundancyOptimizer": "it would send the whole weight to all ranks at every step",
 }
 
@@ -72,6 +72,7 @@ def settle() -> None:
     """
     _abandon_raised()
     for optimizer in list(_loaded):
+        initial.refuse_late_state(optimizer)
         if not checkpoint.adopt(optimizer):
             _loaded.discard(optimizer)
 
@@ -245,7 +246,10 @@ def _usable_entry(optimizer: Optimizer, group: dict[str, Any], factor: Orthogona
             f"poetx: the state of {type(optimizer).__name__} was loaded after this step's forward, so its gradients belong "
             "to other permutations; load the optimizer's state before the forward pass"
         )
-    return entry if checkpoint.is_current(factor, entry) else _fresh_entry(optimizer, group, factor, entry)
+    moments.check_known(factor, entry)
+    if checkpoint.is_current(factor, entry):
+        return entry
+    return moments.carried(factor, entry) or _fresh_entry(optimizer, group, factor, entry)
 
 
 def _fresh_entry(

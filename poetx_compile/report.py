@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import conversion
+from . import conversion, initial
 from ._torch import live_optimizers, own_grad
 from .factor import OrthogonalFactor, factors
 from .kernels import HALF
@@ -166,7 +166,12 @@ def _how(factor: OrthogonalFactor) -> str:
     bits = factor.config.residual_bits
     rounded = f", {bits} more bits" if bits else ", rounded stochastically"
     below = rounded if bits != 8 and factor.weight.dtype in HALF else ""
-    return f"rotation: {factor.route}, {each}blocks {', '.join(sides)}{below}"
+    start = "" if factor.config.init == "keep" else f", {_start(factor)}"
+    return f"rotation: {factor.route}, {each}blocks {', '.join(sides)}{below}{start}"
+
+
+def _start(factor: OrthogonalFactor) -> str:
+    return "rows normalised at the start" if initial.was_rescaled(factor.weight) else "start kept"
 
 
 def _size(tensor: Tensor | None) -> int:

@@ -216,6 +216,12 @@ class TestResume:
         exact(values(resumed.model), values(run.model))
         exact(state(resumed.save()), state(run.save()))
 
+    @pytest.mark.parametrize("sides", ["rows", "columns"])
+    def test_one_side_resumes_exactly(self, sides: str) -> None:
+        run = Run(dtype=torch.bfloat16, sides=sides, permutation_period=3).compile().train(0, 4)
+        resumed = Run(dtype=torch.bfloat16, sides=sides, permutation_period=3).compile().load(run.save()).train(4, LAST)
+        exact(values(resumed.model), values(run.train(4, LAST).model))
+
     def test_of_a_checkpoint_that_names_no_bits_is_one_with_eight(self) -> None:
         run = Run(dtype=torch.bfloat16).compile().train(0, 4)
         saved = read(run.save())
@@ -360,6 +366,13 @@ class TestRefusals:
         file = Run(dtype=torch.bfloat16, skew_dtype="bfloat16").compile().train(0, 2).save()
         run = Run(dtype=torch.bfloat16).compile().load(file)
         with pytest.raises(PoetxError, match=r"trained with skew_dtype=bfloat16.*options={'skew_dtype': 'bfloat16'}"):
+            run.train(2, 3)
+
+    @pytest.mark.parametrize(("saved", "asked"), [("rows", "both"), ("both", "columns")])
+    def test_other_sides(self, saved: str, asked: str) -> None:
+        file = Run(sides=saved).compile().train(0, 2).save()
+        run = Run(sides=asked).compile().load(file)
+        with pytest.raises(PoetxError, match=rf"trained with sides={saved}.*options={{'sides': '{saved}'}}"):
             run.train(2, 3)
 
     @pytest.mark.parametrize("kind", ["AdamW", "SGD, momentum", "Adagrad", "Adafactor", "RMSprop"])

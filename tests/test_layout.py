@@ -8,7 +8,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from strategies import SEEDS
 
-from poetx_compile.layout import BlockLayout, automatic_chunk, permutation_key
+from poetx_compile.layout import BlockLayout, StackLayout, automatic_chunk, permutation_key
 
 CHUNKS = st.integers(1, 16)
 BLOCKS_IN_CHUNKS = st.integers(1, 16)
@@ -154,3 +154,12 @@ def test_a_resumed_run_draws_as_the_run_that_wrote_the_checkpoint() -> None:
     assert key == 69707014098169124
     drawn = BlockLayout.of(19, 8, 2).channels(key, side=1, epoch=3)
     assert drawn.tolist() == [7, 8, 15, 16, 11, 12, 5, 6, 13, 14, 3, 4, 17, 18, 1, 2, 9, 10]
+
+
+@pytest.mark.parametrize(("sides", "turning"), [("rows", (True, False)), ("columns", (False, True)), ("both", (True, True))])
+def test_a_stack_turns_the_sides_that_are_asked_for(sides: str, turning: tuple[bool, bool]) -> None:
+    both, stack = StackLayout.of((3, 40, 24), 8, 0), StackLayout.of((3, 40, 24), 8, 0, sides)
+    assert (stack.rows.count > 0, stack.columns.count > 0) == turning
+    assert stack.shape == both.shape
+    assert stack.skew == 3 * sum(side.skew for side, turns in zip((both.rows, both.columns), turning) if turns)
+    assert len(stack.columns.channels(0, 1, 0)) == stack.columns.rotated

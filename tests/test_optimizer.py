@@ -139,17 +139,20 @@ class TestEveryTorchOptimizer:
                 explicit.redraw(theirs, OPTIMIZERS[kind](explicit.parameters()))
         close(values(model), values(explicit.model))
 
-    @settings(max_examples=12)
+    @settings(max_examples=20)
     @given(
         block=st.sampled_from([4, 12, 16, 64]),
         chunk=st.sampled_from([1, 2, 4]),
         scale=st.sampled_from([0.5, 1.0, 3.0]),
         route=st.sampled_from(["auto", "gram", "dense"]),
+        sides=st.sampled_from(["both", "rows", "columns"]),
         seed=st.integers(0, 99),
     )
-    def test_with_any_blocks_scale_and_route(self, block: int, chunk: int, scale: float, route: str, seed: int) -> None:
+    def test_with_any_blocks_scale_and_route(
+        self, block: int, chunk: int, scale: float, route: str, sides: str, seed: int
+    ) -> None:
         torch._dynamo.reset()
-        options = dict(block_size=block, chunk=chunk, scale=scale, route=route, seed=seed)
+        options = dict(block_size=block, chunk=chunk, scale=scale, route=route, sides=sides, seed=seed)
         model = network()
         explicit = Explicit(model, **options)
         plan = Plan(steps=3, accumulation=1, clip=None, scheduler="constant")

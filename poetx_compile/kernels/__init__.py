@@ -10,6 +10,7 @@ bits each, nearly as exact) or ``tf32`` (one). ``cayley_neumann`` with ``tf32`` 
 from . import ops
 from .dense import project
 from .linear import LINEAR_VERSION, rotated_linear
+from .naive import pack_skew, unpack_skew
 from .precision import unscaled
 from .residual import HALF, decode, master_dtype, new_residual
 
@@ -25,8 +26,10 @@ __all__ = [
     "decode",
     "master_dtype",
     "new_residual",
+    "pack_skew",
     "project",
     "rotate_",
     "rotated_linear",
+    "unpack_skew",
     "unscaled",
 ]

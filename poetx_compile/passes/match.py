@@ -35,7 +35,7 @@ class SkipReason(enum.Enum):
     CONVOLUTION = "kernel of a convolution (include_conv=False)"
     GROUPED = "kernel of a grouped convolution"
     NO_INPUT = "multiplied with other parameters only"
-    TOO_SMALL = "both dimensions shorter than a chunk"
+    TOO_SMALL = "shorter than a chunk along all sides that rotate"
     GRADIENT_HOOK = "a gradient hook waits for its dense gradient"
     ZERO = "a matrix of zeros, which no rotation can change"
 
@@ -54,6 +54,12 @@ class LinearMatch:
     name: str
     stack: StackLayout
     uses: tuple[fx.Node, ...]
+
+    @property
+    def outputs(self) -> int | None:
+        """The dimension of the matrix along which its outputs lie, where all products agree on one."""
+        dimensions = {0 if use.target is LINEAR else 1 for use in self.uses}
+        return dimensions.pop() if len(dimensions) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,7 @@ def _stack(weight: nn.Parameter, uses: list[Use], config: PoetxConfig) -> StackL
     """The kernel of a convolution is one flat matrix, any other weight a stack over its last two dimensions."""
     is_kernel = bool(uses) and uses[0].is_convolution
     matrices = (1, weight.shape[0], weight.shape[1:].numel()) if is_kernel else stacked(weight)
-    return StackLayout.of(matrices, config.block_size, config.chunk)
+    return StackLayout.of(matrices, config.block_size, config.chunk, config.sides)
 
 
 def _transformed(gm: fx.GraphModule) -> set[fx.Node]:

@@ -1,0 +1,99 @@
+"""The questions of docs/convergence.md: each is a list of recipes that differ in one thing, most informative first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A question, and the recipes that answer it."""
+
+    question: str
+    recipes: tuple[str, ...]
+
+
+def over(spec: str, option: str, *values: object) -> tuple[str, ...]:
+    return tuple(f"{spec}:{option}={value}" for value in values)
+
+
+SUITES = {
+    "core": Suite(
+        "Rotations against ordinary training, at the rates that are our defaults or nearest to them",
+        (
+            "poetx:lr=2e-3",
+            "adamw:dtype=autocast:lr=1e-3",
+            "muon:dtype=autocast:lr=2e-3",
+            "poetx-muon:lr=2e-3",
+            "poetx:dtype=autocast:lr=2e-3",
+            "adamw:dtype=autocast:lr=2e-3",
+            "adamw:lr=2e-3",
+        ),
+    ),
+    "rates": Suite(
+        "The learning rate of each method",
+        (
+            *over("adamw:dtype=autocast", "lr", 2e-3, 1e-3, 4e-3, 5e-4),
+            *over("poetx", "lr", 2e-3, 4e-3, 1e-3, 8e-3),
+            *over("muon:dtype=autocast", "lr", 2e-3, 4e-3, 1e-3, 8e-3),
+            *over("adamw", "lr", 2e-3, 1e-3, 4e-3),
+            *over("sgd:dtype=autocast:weight_decay=0", "lr", 0.1, 0.3, 1.0),
+        ),
+    ),
+    "muon": Suite(
+        "Orthogonalised updates of rotations (SkewMuon): rate and momentum",
+        (
+            *over("poetx-muon", "lr", 2e-3, 4e-3, 1e-3, 8e-3),
+            "poetx-muon:lr=2e-3:nesterov=False",
+            "poetx-muon:lr=2e-3:momentum=0.9",
+            "poetx-muon:lr=2e-3:scale=2.0",
+            "poetx-muon:dtype=autocast:lr=2e-3",
+        ),
+    ),
+    "baselines": Suite(
+        "What else a tuned AdamW may take: momentum of its second moment, initial weights, weight decay",
+        (
+            "adamw:dtype=autocast:lr=2e-3:std=0.02",
+            "adamw:dtype=autocast:lr=2e-3:beta2=0.95",
+            "adamw:dtype=autocast:lr=2e-3:weight_decay=0.1",
+            "muon:dtype=autocast:lr=2e-3:std=0.02",
+        ),
+    ),
+    "official": Suite("The authors' code", ("official:lr=1e-3", "official:lr=2e-3:ratio=2")),
+    "scale": Suite(
+        "The scale of rotations against the rate of all else",
+        tuple(f"poetx:lr={rate}:scale={scale}" for rate in (2e-3, 1e-3) for scale in (1.0, 2.0, 0.5)),
+    ),
+    "block": Suite("The block size", over("poetx:lr=2e-3", "block_size", 128, 512, 256)),
+    "precision": Suite(
+        "The dtype of weights and of skew parameters, and the bits that a residual keeps",
+        (
+            "poetx:lr=2e-3",
+            "poetx:dtype=autocast:lr=2e-3",
+            "poetx:lr=2e-3:skew_dtype=bfloat16",
+            "poetx:lr=2e-3:residual_bits=0",
+            "poetx:lr=2e-3:residual_bits=4",
+        ),
+    ),
+    "init": Suite(
+        "Initial weights: their size, and rows of norm 1",
+        (
+            "poetx:lr=2e-3:init=row-normalised",
+            "poetx:lr=2e-3:gain=2",
+            "poetx:lr=2e-3:gain=0.5",
+            "poetx:lr=2e-3:std=0.02",
+            "poetx:lr=2e-3:std=0.02:init=row-normalised",
+            "poetx:lr=2e-3",
+        ),
+    ),
+    "period": Suite(
+        "New permutations, and what the moments keep of the old",
+        (
+            *over("poetx:lr=2e-3:permutation_period=200", "moments", "transport", "reset", "second", "keep"),
+            *over("poetx:lr=2e-3:permutation_period=25", "moments", "transport", "second", "reset"),
+            "poetx:lr=2e-3",
+        ),
+    ),
+    "sides": Suite("One side alone", (*over("poetx:lr=2e-3", "sides", "rows", "columns"), "poetx:lr=2e-3")),
+    "decay": Suite("The last learning rate", over("poetx:lr=2e-3", "floor", 0.1, 0.0)),
+}

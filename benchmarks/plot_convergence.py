@@ -1,0 +1,74 @@
+"""Pictures of convergence, from the CSV: ``python benchmarks/plot_convergence.py results/convergence-....csv``."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from convergence_recipes import Recipe
+from convergence_rows import Key, Line, by_run, read_csv
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_MOST_FAMILIES = 12
+_ROOM_ABOVE = 0.8
+
+Losses = list[tuple[float, float]]
+Family = list[tuple[float, Losses]]
+"""Learning rates, each with millions of tokens and validation losses."""
+
+
+def draw(path: Path) -> list[Path]:
+    """Draw what the CSV holds, one picture beside it for each size, horizon and seed; gives their paths."""
+    points: dict[Key, dict[str, Family]] = defaultdict(lambda: defaultdict(list))
+    for key, lines in by_run(read_csv(path)).items():
+        if losses := _losses(lines):
+            recipe = Recipe.parse(key.recipe)
+            points[replace(key, recipe="")][recipe.family].append((recipe["lr"], losses))
+    return [_picture(path, point, families) for point, families in sorted(points.items())]
+
+
+def _picture(path: Path, point: Key, families: Mapping[str, Family]) -> Path:
+    best = {name: min(runs, key=lambda run: run[1][-1][1]) for name, runs in families.items()}
+    shown = sorted(best, key=lambda name: best[name][1][-1][1])[:_MOST_FAMILIES]
+    lowest = min(losses[-1][1] for _, losses in best.values())
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    over_tokens, over_rates = figure.subplots(1, 2)
+    for number, name in enumerate(shown):
+        color = colormaps["tab20"](number)
+        rate, losses = best[name]
+        over_tokens.plot(*zip(*losses), color=color, marker=".", label=f"{name}: {losses[-1][1]:.3f} at lr {rate:g}")
+        ends = sorted((rate, losses[-1][1]) for rate, losses in families[name])
+        over_rates.plot(*zip(*ends), color=color, marker="o", markersize=4)
+    over_tokens.set_ylim(lowest - 0.05, lowest + 2 * _ROOM_ABOVE)
+    over_tokens.set_xlabel("training tokens (millions)")
+    highest = max(losses[-1][1] for runs in families.values() for _, losses in runs)
+    over_rates.set_ylim(lowest - 0.05, min(highest, lowest + _ROOM_ABOVE) + 0.05)
+    over_rates.set_xscale("log")
+    over_rates.set_xlabel("highest learning rate")
+    for axes in (over_tokens, over_rates):
+        _tidy(axes)
+    title = f"Llama {point.size}, {point.steps} steps of {point.batch} × {point.seq} tokens, seed {point.seed}"
+    figure.suptitle(f"{title}: each recipe at its best rate, and the last loss over the rate", fontsize=11)
+    figure.legend(*over_tokens.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    picture = path.with_name(f"{path.stem}-{point.size}-{point.steps}-{point.seed}.png")
+    figure.savefig(picture, dpi=110)
+    return picture
+
+
+def _losses(lines: list[Line]) -> Losses:
+    return [(line.row.tokens / 1e6, line.row.val_loss) for line in lines if line.row.val_loss is not None]
+
+
+def _tidy(axes: Axes) -> None:
+    axes.set_ylabel("validation loss, nats per token")
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    print("\n".join(str(picture) for picture in draw(Path(sys.argv[1]))))

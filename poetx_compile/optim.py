@@ -1,0 +1,215 @@
+"""SkewMuon: orthogonalised updates for rotations, AdamW for all other parameters, as one optimizer."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from .errors import PoetxError
+from .factor import SKEWS_PER_BATCH, OrthogonalFactor, factors
+from .kernels import pack_skew, unpack_skew
+
+ADJUSTMENTS = ("match_rms_adamw", "original")
+_MOST_STEPS = 99
+
+
+class SkewMuon(AdamW):
+    """Muon on the Lie algebra: each block of a rotation turns all its channels by one angle.
+
+    For a rotated weight, momentum is taken of the gradient of ``q``, unpacked to skew matrices ``[r, b, b]``, and each block is
+    replaced by (nearly) its polar factor through ``ns_steps`` of a Newton–Schulz iteration, which is an odd polynomial and so
+    stays skew. Names and defaults are those of ``torch.optim.Muon`` (Keller Jordan, https://kellerjordan.github.io/posts/muon/).
+    All other parameters of the model are trained by AdamW with the same ``lr``.
+
+    The polynomial brings singular values to about 0.7 to 1.2, so a channel turns by about ``2 · scale · rate`` radians in a step,
+    where ``scale`` is the backend's option and ``rate``, by ``adjust_lr_fn``, is
+
+    * ``match_rms_adamw``: ``0.2 · lr · √b``, the size of what AdamW writes (https://arxiv.org/abs/2502.16982), so that AdamW's rate
+      serves: with ``lr`` 2e-3 and blocks of 256, 0.013 radians;
+    * ``original``: ``lr``, as Muon has it for square matrices.
+
+    Build it like any optimizer, before or after the first compiled step, from all of ``model.parameters()``. The iteration runs in
+    bfloat16 on a GPU, elsewhere in the dtype of ``q``, in float64 for float64.
+
+    Raises:
+        PoetxError: a setting that cannot be; at ``step()``, none of the parameters is a rotation, or loaded state is another
+            optimizer's.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 2e-3,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+        ns_steps: int = 5,
+        adjust_lr_fn: str = "match_rms_adamw",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        """Args:
+        params: parameters or groups; a group may have its own of all the settings below.
+        lr: of ordinary parameters; that of rotations follows from it.
+        momentum, nesterov, ns_coefficients, ns_steps, adjust_lr_fn: of rotations.
+        betas, eps, weight_decay, foreach, fused: of AdamW for ordinary parameters.
+        """
+        settings = {
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+        }
+        groups = params
+        if not isinstance(params, Tensor):  # which torch refuses
+            listed = list(params)
+            has_groups = bool(listed) and isinstance(listed[0], dict)
+            groups = [{**settings, **group} for group in listed] if has_groups else [{**settings, "params": listed}]
+        super().__init__(groups, lr, betas, eps, weight_decay, foreach=foreach, fused=fused)
+        self.defaults.update(settings)
+        self._step_supports_amp_scaling = False  # GradScaler unscales for a fused AdamW too: momentum wants true gradients
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: evaluates the model and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        turned = [
+            (factor, group, grad)
+            for group in self.param_groups
+            for parameter in group["params"]
+            if (factor := factors.of_skew(parameter)) is not None and (grad := parameter.grad) is not None
+        ]
+        self._check_rotations(turned)
+        for factor, _, _ in turned:
+            factor.q.grad = None
+        try:
+            inspect.unwrap(AdamW.step)(self)  # bare: the hooks of a step run around this one
+        finally:
+            for factor, _, grad in turned:
+                factor.q.grad = grad
+        batch: list[tuple[OrthogonalFactor, dict[str, Any], Tensor]] = []
+        size = 0
+        for factor, group, grad in turned:
+            batch.append((factor, group, self._with_momentum(factor, group, grad)))
+            size += grad.numel()
+            if size >= SKEWS_PER_BATCH:
+                _turn(batch)
+                batch, size = [], 0
+        _turn(batch)
+        return loss
+
+    def _check_rotations(self, turned: list[tuple[OrthogonalFactor, dict[str, Any], Tensor]]) -> None:
+        held = (parameter for group in self.param_groups for parameter in group["params"])
+        if not turned and not any(factors.of_skew(parameter) for parameter in held):
+            raise PoetxError(
+                "poetx: SkewMuon trains rotations, and none of its parameters is one: run torch.compile(model, backend='poetx') "
+                "before its first step, and give it model.parameters()"
+            )
+        for factor, _, _ in turned:
+            entry = self.state.get(factor.q)
+            if entry and "momentum_buffer" not in entry:
+                raise PoetxError(
+                    f"poetx: the state of '{factor.name}' is another optimizer's, and SkewMuon cannot go on from it: load the "
+                    "model's state_dict only"
+                )
+
+    def _with_momentum(self, factor: OrthogonalFactor, group: dict[str, Any], grad: Tensor) -> Tensor:
+        """What is to be orthogonalised, packed as ``q``."""
+        entry = self.state[factor.q]
+        if not entry:
+            entry["step"] = torch.zeros(())  # AdamW looks for it in what it loads
+            entry["momentum_buffer"] = torch.zeros_like(factor.q)
+        entry["step"] += 1
+        average: Tensor = entry["momentum_buffer"]
+        average.lerp_(grad, 1 - group["momentum"])
+        return grad.lerp(average, group["momentum"]) if group["nesterov"] else average
+
+
+def _turn(batch: list[tuple[OrthogonalFactor, dict[str, Any], Tensor]]) -> None:
+    """Write the steps of many rotations; blocks of one width share their products, whatever weight they belong to."""
+    members: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, Any]]] = defaultdict(list)
+    for factor, group, update in batch:
+        sides = factor.stack.sides * factor.stack.count
+        sizes = [side.skew for side in sides]
+        for side, into, packed in zip(sides, factor.q.split(sizes), update.split(sizes)):
+            key = (side.width, tuple(group["ns_coefficients"]), group["ns_steps"], packed.device, packed.dtype)
+            members[key].append((into, packed, _rate(group, side.width)))
+    for (width, coefficients, steps, *_), parts in members.items():
+        blocks = unpack_skew(torch.cat([packed for _, packed, _ in parts]), width)
+        turned = pack_skew(orthogonalize_skew(blocks, coefficients, steps)) / 2
+        for (into, _, rate), part in zip(parts, turned.split([len(packed) for _, packed, _ in parts])):
+            into.sub_(part * rate)
+
+
+def orthogonalize_skew(
+    blocks: Tensor, coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315), steps: int = 5
+) -> Tensor:
+    """Bring the singular values of skew matrices towards 1, and keep their singular vectors.
+
+    Each step is ``X ← aX + (bS + cS²)X`` with ``S = XXᵀ``, from ``X`` over a bound of its spectral norm: singular values of a skew
+    matrix come in pairs, so its Frobenius norm over √2 is one. A matrix of zeros stays zero.
+
+    Args:
+        blocks: ``[r, b, b]``, skew.
+        coefficients: ``(a, b, c)``.
+
+    Returns:
+        ``[r, b, b]``, exactly skew, of the dtype of ``blocks``.
+    """
+    a, b, c = coefficients
+    dtype = torch.bfloat16 if blocks.is_cuda and blocks.dtype != torch.float64 else blocks.dtype
+    bound = torch.linalg.matrix_norm(blocks, keepdim=True) / math.sqrt(2)
+    x = (blocks / bound.clamp(min=torch.finfo(blocks.dtype).tiny)).to(dtype)
+    for _ in range(steps):
+        square = x @ x.mT
+        turned = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+        x = (turned - turned.mT) / 2
+    return x.to(blocks.dtype)
+
+
+def _rate(group: dict[str, Any], width: int) -> Any:
+    return group["lr"] * (0.2 * math.sqrt(width) if group["adjust_lr_fn"] == "match_rms_adamw" else 1.0)
+
+
+def _check(group: dict[str, Any]) -> None:
+    """Raises:
+    PoetxError: a setting of rotations that cannot be.
+    """
+    coefficients = group["ns_coefficients"]
+    wrong = {
+        "momentum": (0 <= group["momentum"] < 1, "from 0 to below 1"),
+        "ns_steps": (
+            isinstance(group["ns_steps"], int) and 1 <= group["ns_steps"] <= _MOST_STEPS,
+            f"from 1 to {_MOST_STEPS}",
+        ),
+        "ns_coefficients": (isinstance(coefficients, (tuple, list)) and len(coefficients) == 3, "three numbers"),
+        "adjust_lr_fn": (group["adjust_lr_fn"] in ADJUSTMENTS, f"one of {', '.join(ADJUSTMENTS)}"),
+    }
+    for name, (is_right, wanted) in wrong.items():
+        if not is_right:
+            raise PoetxError(f"poetx: SkewMuon's {name} must be {wanted}, not {group[name]!r}")
+    if group["nesterov"] and not group["momentum"]:
+        raise PoetxError("poetx: SkewMuon's nesterov=True needs momentum above 0")
