@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import gradient
+from . import gradient, stand_in
 from ._torch import active_ddp, distributed_wrapper
 from .config import PoetxConfig
 from .errors import PoetxError
 from .factor import OrthogonalFactor, factors
-from .passes import Skip, SkipReason, is_named, unfit
+from .kernels import HALF
+from .passes import LinearMatch, Skip, SkipReason, is_named, unfit
 
 _skipped: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _BINDING = {
@@ -34,25 +35,31 @@ _FIXED = (
     "seed",
     "permutation_period",
     "residual_bits",
+    "storage",
     "skew_dtype",
     "include_conv",
 )
 
 
 def adopt(
-    weight: nn.Parameter, name: str, config: PoetxConfig, matrices: tuple[int, int, int] | None = None
+    weight: nn.Parameter,
+    name: str,
+    config: PoetxConfig,
+    matrices: tuple[int, int, int] | None = None,
+    storage: str = "folded",
 ) -> OrthogonalFactor:
-    """The factor of a weight, made if there is none yet. Changes nothing of the weight's values.
+    """The factor of a weight, made if there is none yet. Changes nothing of the weight's values: :func:`.stand_in.pack` does.
 
     Args:
         matrices: the stack ``[count, m, n]`` as which the weight is rotated; by default over its last two dimensions.
+        storage: of a weight that has no factor yet: what :func:`storage_for` says of its use.
 
     Raises:
         PoetxError: the weight was converted with other settings.
     """
     factor = factors.of_weight(weight)
     if factor is None:
-        factor = OrthogonalFactor(weight, name, config, matrices)
+        factor = OrthogonalFactor(weight, name, config, matrices, storage)
         gradient.attach(factor)
         _skipped.pop(weight, None)
         return factor
@@ -71,8 +78,18 @@ def adopt(
     return factor
 
 
+def storage_for(found: LinearMatch, config: PoetxConfig) -> str:
+    """How a weight is to be stored: lean where that is asked for, and products alone use it."""
+    is_fit = bool(found.uses) and found.weight.dtype in HALF and found.weight.is_contiguous()
+    return config.storage if is_fit else "folded"
+
+
 def adopt_late(
-    weight: nn.Parameter, name: str, config: PoetxConfig, matrices: tuple[int, int, int] | None = None
+    weight: nn.Parameter,
+    name: str,
+    config: PoetxConfig,
+    matrices: tuple[int, int, int] | None = None,
+    storage: str = "folded",
 ) -> OrthogonalFactor:
     """Convert a weight that meets compiled code made for another: a second instance, a copy, a replaced parameter.
 
@@ -85,7 +102,7 @@ def adopt_late(
             f"poetx: '{name}' shares compiled code with a converted weight, but this one cannot be converted: "
             f"{reason.value}. Leave all of them out with options={{'exclude': ['{name}']}}"
         )
-    return adopt(weight, name, config, matrices)
+    return adopt(weight, name, config, matrices, storage)
 
 
 def release(weight: nn.Parameter) -> OrthogonalFactor | None:
@@ -94,6 +111,7 @@ def release(weight: nn.Parameter) -> OrthogonalFactor | None:
     factor = factors.of_weight(weight)
     if factor is not None:
         weight.grad = None
+        stand_in.unpack(factor)
         gradient.detach(factor)
     return factor
 

@@ -198,7 +198,7 @@ def _convert(gm: fx.GraphModule, inputs: Sequence[Any], config: PoetxConfig, pla
         factor.route = choose_route(found, config)
         if factor.route == "gram":
             rewritten.append((found, factor))
-    return rewrite(gm, rewritten)
+    return rewrite(gm, rewritten).tensors
 
 
 def _by_dtype(tensors: Sequence[Tensor]) -> list[int]:

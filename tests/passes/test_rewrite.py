@@ -22,7 +22,7 @@ def rewritten(captured: Captured) -> tuple[Captured, dict[str, OrthogonalFactor]
     matches, _ = captured.normalized().matched()
     gram = [found for found in matches.values() if found.uses]
     made = {found.name: OrthogonalFactor(found.weight, found.name, CONFIG) for found in gram}
-    extra = rewrite(captured.gm, [(found, made[found.name]) for found in gram])
+    extra = rewrite(captured.gm, [(found, made[found.name]) for found in gram]).tensors
     return captured, made, extra
 
 
