@@ -292,6 +292,11 @@ _WRAPPED = (
 """Where the wrappers of backends, torch's and ``functools.partial``, keep what they wrap."""
 
 
+def own_operations() -> AbstractContextManager[Any]:
+    """Inside, torch does to subclasses of tensors what it does to tensors."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
 def under_functorch() -> bool:
     """Whether this runs inside ``vmap``, ``grad``, ``jvp`` and their like."""
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -67,6 +67,11 @@ class Base(ABC):
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def number_bytes(self) -> int:
+        """Of ``W₀`` alone."""
+        return self.stored.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Copy what :attr:`tensors` of another base named."""
         for name, tensor in self.tensors.items():

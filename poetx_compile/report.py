@@ -166,8 +166,7 @@ def _stored(factor: OrthogonalFactor) -> tuple[int, int]:
     base = factor.base
     if base is None:
         return _size(factor.weight), _size(factor.residual)
-    numbers = _size(base.stored) + _size(base.scales)
-    return numbers, base.nbytes - numbers
+    return base.number_bytes, base.nbytes - base.number_bytes
 
 
 def _how(factor: OrthogonalFactor) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._torch import map_tensors, tensors_in, trace_as_parameter, under_functorch
+from ._torch import map_tensors, own_operations, tensors_in, trace_as_parameter, under_functorch
 from .base import BASES, check_range
 from .errors import PoetxError
 from .factor import OrthogonalFactor, factors
@@ -158,7 +158,7 @@ def _factor(weight: nn.Parameter) -> OrthogonalFactor:
 
 def _hide(weight: Tensor, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
     """Let a parameter point to a single NaN: what reads it by another way than ours sees that something is wrong."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with own_operations():
         nothing = torch.full((), torch.nan, dtype=dtype or weight.dtype, device=device or weight.device)
         weight.data = nothing.expand(weight.shape)
 
@@ -192,7 +192,6 @@ def _linear(x: Any, weight: Any, bias: Any = None, transposed: bool = False) -> 
 
 _PRODUCTS: dict[Any, Function] = {
     torch.nn.functional.linear: _linear,
-    torch._C._nn.linear: _linear,
     torch.matmul: lambda x, weight: _linear(x, weight, transposed=True),
     torch.addmm: lambda bias, x, weight: _linear(x, weight, bias, transposed=True) if bias.ndim == 1 else None,
 }
@@ -253,12 +252,12 @@ def _name(func: Any) -> tuple[str, str]:
 
 
 def _raw(func: Function, *args: Any, **kwargs: Any) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
+    with own_operations():
         return func(*args, **kwargs)
 
 
 def _raw_version(tensor: Tensor) -> int:
-    with torch._C.DisableTorchFunctionSubclass():
+    with own_operations():
         return tensor._version
 
 

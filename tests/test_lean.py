@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -504,7 +505,7 @@ def test_no_weight_is_kept_for_the_backward_pass(storage: str) -> None:
             for node in nodes
             if node.target is torch.ops.poetx.effective.default
         ]
-        assert all(first[1] < second[0] for first, second in zip(lives, lives[1:])), "two weights alive at once"
+        assert all(first[1] < second[0] for first, second in itertools.pairwise(lives)), "two weights alive at once"
 
 
 def _users(node: Any) -> list[Any]:
