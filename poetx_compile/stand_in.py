@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._torch import map_tensors, own_operations, tensors_in, trace_as_parameter, under_functorch
+from ._torch import map_tensors, own_operations, storage_of, tensors_in, trace_as_parameter, under_functorch
 from .base import BASES, check_range
 from .errors import PoetxError
 from .factor import OrthogonalFactor, factors
@@ -74,9 +74,17 @@ class StandIn(nn.Parameter):
 
 
 class _Data(Tensor):
-    """What ``.data`` of a stand-in gives: the values, which take writes back to it."""
+    """What ``.data`` of a stand-in gives, and views of it: values, which take writes back to the weight."""
 
     _of: nn.Parameter
+    _whole: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, weight: nn.Parameter, whole: Tensor) -> _Data:
+        """``values``, which share the memory of ``whole``, the effective weight."""
+        data = values.as_subclass(cls)
+        data._of, data._whole = weight, whole
+        return data
 
     @classmethod
     def __torch_function__(
@@ -86,14 +94,26 @@ class _Data(Tensor):
         result = _raw(func, *args, **kwargs or {})
         for data, version in given:
             if _raw_version(data) != version:
-                write(data._of, _raw(Tensor.as_subclass, data, Tensor))
-        return result
+                write(data._of, data._whole)
+        return result if _name(func)[0] == "detach" else _views(result, [(data._of, data._whole) for data, _ in given])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return _raw(Tensor.clone, self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _raw(Tensor.as_subclass, self, Tensor).__reduce_ex__(protocol)
+
+
+def _views(result: Any, wholes: list[tuple[nn.Parameter, Tensor]]) -> Any:
+    """A result with those of its tensors that share an effective weight's memory as :class:`_Data`."""
+
+    def wrapped(tensor: Tensor) -> Tensor:
+        for weight, whole in wholes:
+            if type(tensor) is Tensor and not tensor.requires_grad and storage_of(tensor) == storage_of(whole):
+                return tensor if tensor is whole else _Data.of(tensor, weight, whole)
+        return tensor
+
+    return map_tensors(wrapped, result)
 
 
 def pack(factor: OrthogonalFactor) -> None:
@@ -220,13 +240,15 @@ def _call(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, An
             write(weight, effective)
     if name in _MOVES and isinstance(result, Tensor):
         _moved[result] = weakref.ref(next(iter(made.values()))[0]), result._version
-    return map_tensors(lambda tensor: written.get(id(tensor), tensor), result) if written else result
+    if written:
+        return map_tensors(lambda tensor: written.get(id(tensor), tensor), result)
+    is_copy = name == "detach" or name in _MOVES or under_functorch()
+    return result if is_copy else _views(result, [(weight, effective) for weight, effective, _ in made.values()])
 
 
 def _read_data(weight: nn.Parameter) -> Tensor:
-    data = values(weight).as_subclass(_Data)
-    data._of = weight
-    return data
+    whole = values(weight)
+    return _Data.of(whole.view_as(whole), weight, whole)
 
 
 def _write_data(weight: nn.Parameter, dense: Tensor) -> None:

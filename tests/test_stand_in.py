@@ -256,6 +256,11 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     "data.copy_": lambda w: w.data.copy_(torch.full((32, 50), 0.5)),
     "data.mul_": lambda w: w.data.mul_(2),
     "data.setitem": lambda w: w.data.__setitem__(slice(0, 3), 0.0),
+    "piece": lambda w: w[3:5].mul_(2),
+    "piece of a piece": lambda w: w.view(-1)[40:80][3].zero_(),
+    "transposed": lambda w: w.T.__setitem__(4, 0.25),
+    "row": lambda w: next(iter(w)).fill_(0.5),
+    "data, piece": lambda w: w.data[3].zero_(),
     "data": lambda w: setattr(w, "data", torch.full((32, 50), 0.5, dtype=w.dtype)),
     "vector_to_parameters": lambda w: nn.utils.vector_to_parameters(torch.arange(1600, dtype=w.dtype) / 1600, [w]),
 }
