@@ -15,7 +15,7 @@ from .precision import UNIT
 from .quantize import dequantize
 from .residual import HALF, encode_
 
-_NUMBERS_AT_ONCE = 1 << 24
+_NUMBERS_AT_ONCE = 1 << 22
 
 library.define(
     "effective(Tensor stored, Tensor? scales, Tensor? rows, Tensor row_channels, Tensor? columns, Tensor column_channels,"
@@ -85,11 +85,16 @@ def _unpack(weight: Tensor, residual: Tensor, stored: Tensor, scales: Tensor | N
         weight.copy_(stored)
         residual.zero_()
         return
+    if scales is not None:
+        from . import triton_unpack
+
+        with torch.cuda.device(stored.device):
+            triton_unpack.unpack_(weight, residual, stored, scales)
+        return
     at_once = max(1, _NUMBERS_AT_ONCE // stored.shape[1])
-    for start in range(0, len(stored), at_once):
+    for start in range(0, len(stored), at_once):  # a base of the other half precision
         rows = slice(start, start + at_once)
-        exact = stored[rows].float() if scales is None else dequantize(stored[rows], scales[rows], torch.float32)
-        encode_(weight[rows], residual[rows], exact)
+        encode_(weight[rows], residual[rows], stored[rows].float())
 
 
 for _device in ("CPU", "CUDA"):
