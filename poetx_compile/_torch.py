@@ -292,6 +292,23 @@ _WRAPPED = (
 """Where the wrappers of backends, torch's and ``functools.partial``, keep what they wrap."""
 
 
+def notice_changed(parameters: Sequence[nn.Parameter]) -> None:
+    """Let Dynamo look again at parameters that were changed in place.
+
+    Up to torch 2.12 its guards take what a module holds for unchanged while its dictionary of parameters is; that changes here,
+    and back. Walks the garbage collector's list: not for a hot path.
+    """
+    if not torch._dynamo.config.use_recursive_dict_tags_for_guards:
+        return
+    changed = {id(parameter) for parameter in parameters}
+    for holder in gc.get_referrers(*parameters):
+        if type(holder) is dict:
+            for name, value in list(holder.items()):
+                if id(value) in changed and isinstance(name, str):
+                    holder[name] = None
+                    holder[name] = value
+
+
 def own_operations() -> AbstractContextManager[Any]:
     """Inside, torch does to subclasses of tensors what it does to tensors."""
     return torch._C.DisableTorchFunctionSubclass()

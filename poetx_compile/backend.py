@@ -20,6 +20,7 @@ from ._torch import (
     fake_beside,
     is_fake,
     live_inputs,
+    notice_changed,
 )
 from .config import PoetxConfig, split_options
 from .factor import OrthogonalFactor, factors
@@ -197,5 +198,6 @@ class FirstCall(Runtime):
 
     def __call__(self, *args: Any) -> Any:
         if not is_fake(args[self._slots[0].index]):
-            self._ready(args)
+            found = self._ready(args)
+            notice_changed([factor.weight for _, factor in found])
         return self._compiled(*args)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import kernels
+from ._torch import own_operations
 from .base import Base
 from .config import PoetxConfig
 from .errors import PoetxError
@@ -104,7 +105,7 @@ class OrthogonalFactor:
         """Of the products that make and apply rotations, on a GPU: by default that of the 24 bits, or 16, of the weight."""
         if self.config.precision != "auto":
             return self.config.precision
-        return "tf32" if self.weight.dtype in kernels.HALF else "tf32x3"
+        return "tf32" if self._dtype in kernels.HALF else "tf32x3"
 
     @property
     def fold_precision(self) -> str:
@@ -133,7 +134,7 @@ class OrthogonalFactor:
     def made(self, dtype: torch.dtype | None = None) -> kernels.Made:
         """What a lean weight is made of; ``dtype`` None takes its own."""
         assert self.base is not None
-        base, dtype = self.base, dtype or self.weight.dtype
+        base, dtype = self.base, dtype or self._dtype
         channels = self.row_channels, self.column_channels
         sides = (base.rows, channels[0], base.columns, channels[1])
         return kernels.Made(base.stored, base.scales, *sides, dtype, self.columns.run, self.precision)
@@ -227,7 +228,7 @@ class OrthogonalFactor:
         """Make a lean weight its own base: rotations by other permutations are to come."""
         if self.base is None or not self.base.is_turned:
             return
-        exact = self.made(kernels.master_dtype(self.weight.dtype)).weight()
+        exact = self.made(kernels.master_dtype(self._dtype)).weight()
         self.base.write(exact, rounding_seed(self.key, self.steps, 0))
 
     def resume(self, key: int, epoch: int, steps: int, kept: dict[str, Tensor] | None) -> None:
@@ -258,26 +259,28 @@ class OrthogonalFactor:
             PoetxError: the weight has another shape than at conversion.
         """
         weight = self.weight
-        if weight.shape != self._shape:
+        with own_operations():
+            shape, device, dtype = weight.shape, weight.device, weight.dtype
+        if shape != self._shape:
             raise PoetxError(
                 f"poetx: '{self.name}' was converted as {' x '.join(map(str, self._shape))} and is now "
-                f"{' x '.join(map(str, weight.shape))}; call poetx_compile.restore(model) before changing a weight's shape"
+                f"{' x '.join(map(str, shape))}; call poetx_compile.restore(model) before changing a weight's shape"
             )
-        if weight.device == self.q.device and weight.dtype == self._dtype:
+        if device == self.q.device and dtype == self._dtype:
             return
-        dtype = self._skew_dtype(weight.dtype)
+        skew_dtype = self._skew_dtype(dtype)
         grad, self.q.grad = self.q.grad, None
-        self.q.data = self.q.data.to(weight.device, dtype)
-        self.q.grad = None if grad is None else grad.to(weight.device, dtype)
-        self.row_channels = self.row_channels.to(weight.device)
-        self.column_channels = self.column_channels.to(weight.device)
+        self.q.data = self.q.data.to(device, skew_dtype)
+        self.q.grad = None if grad is None else grad.to(device, skew_dtype)
+        self.row_channels = self.row_channels.to(device)
+        self.column_channels = self.column_channels.to(device)
         if self.base is not None:
-            self.base.to(weight.device)
-        elif weight.dtype != self._dtype:
+            self.base.to(device)
+        elif dtype != self._dtype:
             self.residual = kernels.new_residual(weight, self.stack.shape, self.config.residual_bits)
         elif self.residual is not None:
-            self.residual = self.residual.to(weight.device)
-        self._dtype = weight.dtype
+            self.residual = self.residual.to(device)
+        self._dtype = dtype
         self._clean = self.q._version
 
 
@@ -322,7 +325,7 @@ def retract_all(work: Iterable[tuple[OrthogonalFactor, float]], look: Callable[[
     made += _rotations(batch)
     if look is not None:
         look(made)
-    for factor, rotations in sorted(made, key=lambda pair: pair[0].weight.numel(), reverse=True):
+    for factor, rotations in sorted(made, key=lambda pair: pair[0]._shape.numel(), reverse=True):
         factor.fold(rotations)
 
 

@@ -441,6 +441,52 @@ def test_a_ruined_step_leaves_the_weight(storage: str) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_changes_nothing(fused: bool) -> None:
+    model = network(HALF)
+    run, optimizer = rotating(model, storage="int8"), optim.AdamW(model.parameters(), 1e-2, fused=fused)
+    train(run, optimizer, range(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before, steps = stored(model), factor_of(model[0].weight).steps
+    scaler.scale(loss(run, 2, HALF)).backward()
+    model[0].weight.grad[3] = float("inf")
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    assert factor_of(model[0].weight).steps == steps
+    assert all(torch.equal(one, other) for one, other in zip(stored(model), before))
+    scaler.scale(loss(run, 2, HALF)).backward()
+    scaler.step(optimizer)
+    assert factor_of(model[0].weight).steps == steps + 1
+    assert not torch.equal(model[0].weight, before[-5])
+
+
+def test_an_exported_model_holds_ordinary_weights() -> None:
+    model = network(HALF)
+    run, optimizer = run_of(model, "int8")
+    train(run, optimizer, range(3))
+    x = torch.ones(3, 22, dtype=HALF)
+    exported = torch.export.export(model.eval(), (x,))
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    again = torch.export.load(file)
+    assert not any("poetx" in str(node.target) for node in again.graph.nodes)
+    with torch.no_grad():
+        assert torch.equal(again.module()(x), model(x))
+
+
+def test_a_model_moves_with_its_rotations() -> None:
+    """To a device that this machine has; ``tests/test_gpu.py`` has more."""
+    model = network(HALF)
+    run, optimizer = run_of(model, "int8")
+    train(run, optimizer, range(3))
+    before = stored(model)
+    model.to("cpu").to(HALF)
+    assert all(torch.equal(one, other) for one, other in zip(stored(model), before))
+    train(run, optimizer, range(3, 5))
+
+
 def test_restoring_ends_it() -> None:
     model = network(HALF)
     run, optimizer = run_of(model, "int8")

@@ -139,6 +139,7 @@ def effective(
     """
     master = master_dtype(dtype)
     weight = stored.to(master, copy=True) if scales is None else dequantize(stored, scales, master)
+    rows, columns = (None if side is None else side.to(master) for side in (rows, columns))
     _turn_(weight, rows, row_channels, columns, column_channels)
     return weight.to(dtype)
 
