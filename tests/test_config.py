@@ -38,6 +38,7 @@ WRONG = [
     ("seed", None, "'seed' must be int"),
     ("residual_bits", 6, "'residual_bits' must be one of 8, 4, 0, not 6"),
     ("residual_bits", "8", "'residual_bits' must be int"),
+    ("storage", "int4", "'storage' must be one of folded, int8, bf16-lean, not 'int4'"),
     ("skew_dtype", "float16", "'skew_dtype' must be one of float32, bfloat16, not 'float16'"),
     ("activation_memory_budget", 1.5, "'activation_memory_budget' must be from 0 to 1, not 1.5"),
     ("activation_memory_budget", -0.1, "'activation_memory_budget' must be from 0 to 1"),
