@@ -239,8 +239,8 @@ def _residual(factor: OrthogonalFactor, bits: int) -> int:
 
 
 def _rotations(factors: Sequence[OrthogonalFactor]) -> int:
-    """All ``E`` at once, float16 for folded half-precision weights; and the scratch of the largest batch of them."""
-    sizes = [_squares(factor) * (2 if factor.weight.dtype in HALF and factor.base is None else 4) for factor in factors]
+    """All ``E`` at once, float16 for half-precision weights; and the scratch of the largest batch of them."""
+    sizes = [_squares(factor) * (2 if factor.weight.dtype in HALF else 4) for factor in factors]
     batch = min(2 * SKEWS_PER_BATCH, sum(map(_squares, factors)))
     return sum(sizes) + _CAYLEY_COPIES * 2 * max([batch, *map(_squares, factors)])
 

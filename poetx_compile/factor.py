@@ -108,12 +108,6 @@ class OrthogonalFactor:
         return "tf32" if self._dtype in kernels.HALF else "tf32x3"
 
     @property
-    def fold_precision(self) -> str:
-        """As :attr:`precision`, where rotations are multiplied with one another and nothing rounds them off."""
-        is_kept = self.base is not None and self.config.precision == "auto"
-        return "tf32x3" if is_kept else self.precision
-
-    @property
     def is_packed(self) -> bool:
         """Whether the weight stands as it is to be stored."""
         return self.storage == "folded" or self.base is not None
@@ -333,7 +327,7 @@ def _rotations(batch: list[tuple[OrthogonalFactor, float]]) -> Turns:
     groups: dict[tuple[Any, ...], list[tuple[OrthogonalFactor, int, int, Tensor]]] = defaultdict(list)
     for factor, gain in batch:
         for place, (packed, side) in enumerate(factor.skews()):
-            key = (side.width, gain * factor.config.scale, factor.fold_precision, packed.device, packed.dtype)
+            key = (side.width, gain * factor.config.scale, factor.precision, packed.device, packed.dtype)
             groups[key].append((factor, place, side.count, packed))
     rotations: dict[tuple[OrthogonalFactor, int], Tensor] = {}
     for (width, scale, precision, *_), members in groups.items():

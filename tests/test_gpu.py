@@ -104,6 +104,21 @@ def test_singular_values_stay_through_a_thousand_steps(dtype: torch.dtype, toler
         assert (after - start).abs().max() < tolerance * start.max()
 
 
+@pytest.mark.parametrize("storage", BASES)
+def test_lean_rotations_stay_orthogonal_through_a_thousand_steps(storage: str) -> None:
+    model = network(torch.bfloat16)
+    compiled = torch.compile(model, backend="poetx", options={"block_size": 64, "storage": storage})
+    train(compiled, torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True, eps=1e-6), torch.bfloat16, range(1000))
+    for weight in (model[0].weight, model[2].weight):
+        base = factor_of(weight).base
+        assert base is not None
+        for turn in (base.rows, base.columns):
+            assert turn is not None
+            defect = turn.double() + turn.mT.double() + turn.mT.double() @ turn.double()
+            assert turn.abs().max() > 0.05
+            assert defect.abs().max() < 5e-5
+
+
 @pytest.mark.parametrize(
     ("dtype", "storage"),
     [*((dtype, "folded") for dtype in (torch.float32, *HALF)), *((dtype, storage) for dtype in HALF for storage in BASES)],
