@@ -15,12 +15,14 @@ from poetx_compile.factor import factors
 def account(module: nn.Module, optimizers: Iterable[Optimizer], device: torch.device) -> dict[str, int]:
     """Bytes on the device that belong to a model in training, each storage counted once, where it is first met.
 
-    Weights are parameters and buffers. States are those of optimizers, and of rotations: ``q`` and its permutations.
+    Weights are parameters and buffers, and the bases of those that are stored lean, whose rotations are residuals. States are
+    those of optimizers, and of rotations: ``q`` and its permutations.
     """
     rotations = factors.of_module(module)
+    lean = [factor.base for factor in rotations if factor.base is not None]
     parts: dict[str, Iterable[Any]] = {
-        "weight_bytes": [*module.parameters(), *module.buffers()],
-        "residual_bytes": [factor.residual for factor in rotations],
+        "weight_bytes": [*module.parameters(), *module.buffers(), *((base.stored, base.scales) for base in lean)],
+        "residual_bytes": [*(factor.residual for factor in rotations), *((base.rows, base.columns) for base in lean)],
         "gradient_bytes": [parameter.grad for parameter in module.parameters()],
         "state_bytes": [
             *(state for optimizer in optimizers for state in optimizer.state.values()),

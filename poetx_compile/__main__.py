@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from . import bench, doctor, forecast
-from .config import INNER, SKEW_DTYPES, PoetxConfig
+from .config import INNER, SKEW_DTYPES, STORAGES, PoetxConfig
 from .errors import PoetxError
 
 
@@ -26,6 +26,7 @@ def main() -> int:
     ahead.add_argument("--batch", type=int, default=1, help="sequences of a micro-batch")
     ahead.add_argument("--dtype", choices=forecast.DTYPES, default="bfloat16", help="of the weights")
     ahead.add_argument("--block-size", type=int, default=PoetxConfig.block_size)
+    ahead.add_argument("--storage", choices=STORAGES, default=PoetxConfig.storage)
     ahead.add_argument("--skew-dtype", choices=SKEW_DTYPES, default=PoetxConfig.skew_dtype)
     ahead.add_argument(
         "--activation-memory-budget", type=float, default=PoetxConfig.activation_memory_budget, metavar="SHARE"

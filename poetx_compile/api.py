@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.optim import Optimizer
 
-from . import conversion
+from . import conversion, stand_in
 from ._torch import live_optimizers
 from .backend import Compiled, convert
 from .config import PoetxConfig, split_options
@@ -51,6 +51,8 @@ def prepare(
     with _undisturbed(plain), torch.enable_grad():
         torch.compile(plain, backend=convert_only)(*example_inputs, **example_kwargs)
     converted = factors.of_module(plain)
+    for factor in converted:
+        stand_in.pack(factor)
     if not converted:
         raise PoetxError("poetx: no linear layer of this model can be converted; poetx_compile.report(model) says why")
     if optimizer is not None:

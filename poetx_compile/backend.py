@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from . import conversion, initial, optimizer
+from . import conversion, initial, optimizer, stand_in
 from ._torch import (
     activation_budget,
     compile_with_aot_eager,
@@ -20,10 +20,11 @@ from ._torch import (
     fake_beside,
     is_fake,
     live_inputs,
+    notice_changed,
 )
 from .config import PoetxConfig, split_options
 from .factor import OrthogonalFactor, factors
-from .passes import LinearMatch, choose_route, match, normalize, rewrite
+from .passes import LinearMatch, choose_route, match, normalize, rewrite, supply
 
 log = logging.getLogger(__name__)
 
@@ -49,19 +50,46 @@ def poetx(
         PoetxError: an option, or a wrapper around the model, that cannot work.
     """
     config, patches = split_options(options, mode)
-    if not torch.is_grad_enabled():
+    live = live_inputs(gm, example_inputs)
+    if torch.is_grad_enabled():
+        edited, converted = convert(gm, live, config)
+    elif any(map(stand_in.is_stand_in, live)):
+        edited, converted = copy_graph(gm), []
+    else:
         return _compile(gm, example_inputs, config, patches)
-    edited, converted = convert(gm, live_inputs(gm, example_inputs), config)
-    if not converted:
+    if not all(factor.is_packed for _, factor in converted):
+        return FirstCall(
+            edited.forward, [Slot.of(found.index, factor, found.outputs) for found, factor in converted], config, []
+        )
+    placeholders = [node for node in edited.graph.nodes if node.op == "placeholder"]
+    owned = dict(zip(placeholders, live))
+    lean = [(node, _factor(value)) for node, value in owned.items() if stand_in.is_stand_in(value)]
+    if not converted and not lean:
         return _compile(gm, example_inputs, config, patches)
-    extra = rewrite(edited, [(found, factor) for found, factor in converted if factor.route == "gram"])
-    shown = fake_beside(extra, example_inputs)
-    compiled = _compile(edited, [*example_inputs, *shown], config, patches)
-    slots = [
-        Slot(found.index, found.name, found.stack.shape, found.outputs, factor.route == "gram")
-        for found, factor in converted
+    added = rewrite(edited, [(found, factor) for found, factor in converted if factor.route == "gram"])
+    supply(edited, lean, added)
+    dropped = {placeholders.index(node) for node, _ in lean}
+    outputs = {found.placeholder: found.outputs for found, _ in converted}
+    taken = [
+        Slot.of(placeholders.index(node), _factor(owned[node]), outputs.get(node), takes_factor=True)
+        for node in added.owners
     ]
-    return Runtime(compiled, slots, config, [tensor for tensor in shown if is_fake(tensor)])
+    others = [
+        Slot.of(found.index, factor, found.outputs) for found, factor in converted if found.placeholder not in added.owners
+    ]
+    shown = fake_beside(added.tensors, example_inputs)
+    given = [value for index, value in enumerate(example_inputs) if index not in dropped]
+    compiled = _compile(edited, [*given, *shown], config, patches)
+    return Runtime(compiled, [*taken, *others], config, [tensor for tensor in shown if is_fake(tensor)], dropped)
+
+
+poetx.takes_stand_ins = True  # type: ignore[attr-defined]
+
+
+def _factor(weight: Any) -> OrthogonalFactor:
+    factor = factors.of_weight(weight)
+    assert factor is not None, "a stand-in is a converted weight"
+    return factor
 
 
 def convert(
@@ -86,7 +114,8 @@ def convert(
     converted = []
     for found in matches:
         outputs = found.outputs if id(found.weight) in fresh else None
-        factor = conversion.adopt(found.weight, found.name, config, found.stack.shape, outputs)
+        storage = conversion.storage_for(found, config)
+        factor = conversion.adopt(found.weight, found.name, config, found.stack.shape, outputs, storage)
         factor.route = choose_route(found, config)
         converted.append((found, factor))
     optimizer.join_running_step()
@@ -105,45 +134,82 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[Any], config: PoetxConfig, pat
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a converted weight stands among a graph's inputs."""
+    """Where a converted weight stands among a graph's inputs, and how one that comes there later is converted."""
 
     index: int
     name: str
     matrices: tuple[int, int, int]
     outputs: int | None
+    storage: str
     takes_factor: bool
+
+    @classmethod
+    def of(cls, index: int, factor: OrthogonalFactor, outputs: int | None, takes_factor: bool = False) -> Slot:
+        return cls(index, factor.name, factor.stack.shape, outputs, factor.storage, takes_factor)
 
 
 class Runtime:
     """A compiled graph that looks its factors up by the live weights, at every call: one graph serves many layers."""
 
-    def __init__(self, compiled: Compiled, slots: list[Slot], config: PoetxConfig, shown: list[Tensor]) -> None:
+    def __init__(
+        self,
+        compiled: Compiled,
+        slots: list[Slot],
+        config: PoetxConfig,
+        shown: list[Tensor],
+        dropped: Collection[int] = (),
+    ) -> None:
         """Args:
         shown: what stands for the factors' inputs where all arguments are fake.
+        dropped: arguments that the graph does not take: stand-ins.
         """
         self._compiled = compiled
         self._slots = slots
         self._config = config
         self._shown = shown
+        self._dropped = dropped
 
     def __call__(self, *args: Any) -> Any:
+        given = [value for index, value in enumerate(args) if index not in self._dropped] if self._dropped else args
         if is_fake(args[self._slots[0].index]):  # a piece of a graph: the next one is compiled for what comes out
-            return self._compiled(*args, *self._shown)
+            return self._compiled(*given, *self._shown)
+        extra = [tensor for slot, factor in self._ready(args) if slot.takes_factor for tensor in factor.inputs.values()]
+        return self._compiled(*given, *extra)
+
+    def _ready(self, args: Sequence[Any]) -> list[tuple[Slot, OrthogonalFactor]]:
+        """The factors of the live weights, each fit to run the model."""
         optimizer.settle()
-        extra: list[Tensor] = []
+        found: list[tuple[Slot, OrthogonalFactor]] = []
         late = False
         for slot in self._slots:
             weight = args[slot.index]
             factor = factors.of_weight(weight)
             if factor is None:
                 conversion.refuse_distributed([weight])
-                factor = conversion.adopt_late(weight, slot.name, self._config, slot.matrices, slot.outputs)
+                how = slot.matrices, slot.outputs, slot.storage
+                factor = conversion.adopt_late(weight, slot.name, self._config, *how)
+                late = True
+            if not factor.is_packed:
+                stand_in.pack(factor)
                 late = True
             factor.follow_weight()
             optimizer.check_clean(factor)
-            if slot.takes_factor:
-                extra.extend(factor.inputs)
+            found.append((slot, factor))
         if late:
             optimizer.join_running_step()
             optimizer.settle()
-        return self._compiled(*args, *extra)
+        return found
+
+
+class FirstCall(Runtime):
+    """Stores weights as ``storage`` says, and runs the graph uncompiled.
+
+    Dynamo holds these parameters for plain ones until this call ends, and compiles for what they are then at the next: a graph
+    compiled now would serve once.
+    """
+
+    def __call__(self, *args: Any) -> Any:
+        if not is_fake(args[self._slots[0].index]):
+            found = self._ready(args)
+            notice_changed([factor.weight for _, factor in found])
+        return self._compiled(*args)

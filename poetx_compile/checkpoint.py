@@ -15,20 +15,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _torch
-from .config import SIDES, SKEW_DTYPES, PoetxConfig
+from .config import SIDES, SKEW_DTYPES, STORAGES, PoetxConfig
 from .errors import PoetxError, PoetxWarning
 from .factor import OrthogonalFactor, factors
+from .fingerprint import fingerprint
 from .kernels import HALF
 from .layout import StackLayout
 
 Entry = dict[str, Any]
 
-_NUMBERS_AT_ONCE = 1 << 22
 _PREFIX = "poetx_"
 _CODE = "poetx_code_"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_SETTINGS = ("block_size", "chunk", "scale", "residual_bits", "skew_dtype", "sides")
-_WORDS = {"skew_dtype": SKEW_DTYPES, "sides": SIDES}
+_SETTINGS = ("block_size", "chunk", "scale", "residual_bits", "storage", "skew_dtype", "sides")
+_WORDS = {"storage": STORAGES, "skew_dtype": SKEW_DTYPES, "sides": SIDES}
+_KEPT = ("residual", "stored", "scales", "turned_rows", "turned_columns")
+"""What :attr:`OrthogonalFactor.kept` may hold."""
 _PLACE = ("poetx_key", "poetx_epoch", "poetx_steps")
 _SHAPE = ("poetx_count", "poetx_rows", "poetx_columns")
 _FACTS = (*(_PREFIX + name for name in _SETTINGS), *_PLACE, *_SHAPE)
@@ -55,8 +57,7 @@ def tag(factor: OrthogonalFactor, entry: Entry, moments: int) -> None:
     if not entry:
         return  # an optimizer takes an empty entry for a first step
     entry.update(_facts(factor), poetx_moments=moments, poetx_live=1)
-    if factor.residual is not None:
-        entry["poetx_residual"] = factor.residual
+    entry.update({_PREFIX + name: tensor for name, tensor in factor.kept.items()})
     for name, value in list(entry.items()):
         if _must_be_bytes(name, value, factor.weight):
             entry[_CODE + name] = _code(value)
@@ -71,9 +72,9 @@ def encode(optimizer: Optimizer, state_dict: Entry) -> Entry:
             entry = entries.get(index, {})
             if factor is not None and (entry.get("poetx_live") == 1 or (not entry and factor.steps)):
                 factor.check_residual()
-                entries[index] = _encoded(factor.weight, entry | _facts(factor), factor.residual)
+                entries[index] = _encoded(factor.weight, entry | _facts(factor), factor.kept)
             elif factor is None and entry.get("poetx_live") == 1:  # a deep copy whose model did not run yet
-                entries[index] = _encoded(parameter, entry, entry.get("poetx_residual"))
+                entries[index] = _encoded(parameter, entry, _kept(entry))
     return state_dict
 
 
@@ -92,7 +93,7 @@ def adopt(optimizer: Optimizer) -> bool:
             if not entry or "poetx_live" not in entry:
                 continue
             factor = factors.of_weight(parameter)
-            if factor is None or _other_setting(factor, entry) or _other_shape(factor, entry):
+            if factor is None or not factor.is_packed or _other_setting(factor, entry) or _other_shape(factor, entry):
                 waiting = True
                 continue
             live = _decoded(factor, entry)
@@ -108,40 +109,48 @@ def _facts(factor: OrthogonalFactor) -> Entry:
     return dict(zip(_FACTS, [*settings, factor.key, factor.epoch, factor.steps, *factor.stack.shape]))
 
 
-def _encoded(weight: Tensor, entry: Entry, residual: Tensor | None) -> Entry:
+def _kept(entry: Entry) -> dict[str, Tensor]:
+    return {name: entry[_PREFIX + name] for name in _KEPT if _PREFIX + name in entry}
+
+
+def _encoded(weight: Tensor, entry: Entry, kept: dict[str, Tensor]) -> Entry:
     saved = {name: value for name, value in entry.items() if not torch.is_tensor(value) or not name.startswith(_PREFIX)}
     for name, value in list(saved.items()):
         if _must_be_bytes(name, value, weight):
             saved[name] = _bytes(value)
             saved[_CODE + name] = _code(value)
     saved.update(poetx_live=0, poetx_dtype=_DTYPES.index(weight.dtype))
-    if residual is not None:
-        saved["poetx_residual"] = _bytes(residual)
+    if kept:
+        saved.update({_PREFIX + name: _bytes(tensor) for name, tensor in kept.items()})
         saved["poetx_fingerprint"] = int(fingerprint(weight))
     return saved
 
 
 def _decoded(factor: OrthogonalFactor, entry: Entry) -> Entry:
     key, epoch, steps = (entry[name] for name in _PLACE)
-    residual: Tensor | None = entry.get("poetx_residual")
+    held = _kept(entry)
+    is_fit = held.keys() == factor.kept.keys()
     if not is_saved(entry):  # this factor's own, or those of a deep copy
         mine = (factor.key, factor.epoch, factor.steps) == (key, epoch, steps)
-        if not mine or residual is not factor.residual:
-            factor.resume(key, epoch, steps, residual)
+        if not mine or not is_fit or any(held[name] is not tensor for name, tensor in factor.kept.items()):
+            factor.resume(key, epoch, steps, held if is_fit else None)
             tag(factor, entry, entry["poetx_moments"])
         return entry
-    if residual is not None:
-        if factor.residual is None or fingerprint(factor.weight) != entry["poetx_fingerprint"]:
-            residual = None
-            warnings.warn(
-                f"poetx: '{factor.name}' is not the weight that this optimizer state was saved with: the digits below its "
-                "half-precision rounding start again at zero. Load the model's state_dict before the first training step",
-                PoetxWarning,
-                stacklevel=4,
-            )
-        else:
-            residual = residual.to(torch.uint8).view(factor.residual.dtype)
-    factor.resume(key, epoch, steps, residual)
+    kept = None
+    if held and is_fit and _is_of(factor, entry["poetx_fingerprint"]):
+        kept = {
+            name: held[name].to(torch.uint8).view(tensor.dtype).view(tensor.shape) for name, tensor in factor.kept.items()
+        }
+    elif held:
+        lost = "the digits below its half-precision rounding start again at zero"
+        warnings.warn(
+            f"poetx: '{factor.name}' is not the weight that this optimizer state was saved with: "
+            f"{lost if factor.base is None else 'it stays as it was rounded to be stored'}. Load the model's state_dict before the "
+            "first training step",
+            PoetxWarning,
+            stacklevel=4,
+        )
+    factor.resume(key, epoch, steps, kept)
     live = {}
     dtype = _DTYPES[entry["poetx_dtype"]]
     if dtype not in HALF:
@@ -154,6 +163,11 @@ def _decoded(factor: OrthogonalFactor, entry: Entry) -> Entry:
             live[name] = value.to(dtype) if cast else value  # it had the dtype of the weight, which may be another now
     tag(factor, live, entry.get("poetx_moments", epoch))
     return live
+
+
+def _is_of(factor: OrthogonalFactor, saved: int) -> bool:
+    """Whether a weight has the saved values, or had them before it was rounded to be stored."""
+    return int(fingerprint(factor.weight)) == saved or (factor.origin is not None and int(factor.origin) == saved)
 
 
 def ordinary(factor: OrthogonalFactor, entry: Entry) -> Entry:
@@ -211,12 +225,13 @@ def _is_kept(factor: OrthogonalFactor, name: str, saved: Any) -> bool:
 
 def _saved_setting(entry: Entry, name: str) -> Any:
     """Older checkpoints do not name what had one value only."""
-    saved = entry.get(_PREFIX + name, getattr(PoetxConfig, name))
-    return _WORDS[name][saved] if name in _WORDS and not isinstance(saved, str) else saved
+    default = getattr(PoetxConfig, name)
+    saved = entry.get(_PREFIX + name, default)
+    return _WORDS[name][saved] if isinstance(default, str) and not isinstance(saved, str) else saved
 
 
-def _as_number(name: str, setting: Any) -> float:
-    return _WORDS[name].index(setting) if name in _WORDS else setting
+def _as_number(name: str, setting: float | str) -> float:
+    return _WORDS[name].index(setting) if isinstance(setting, str) else setting
 
 
 def _other_shape(factor: OrthogonalFactor, entry: Entry) -> tuple[int, ...] | None:
@@ -226,17 +241,6 @@ def _other_shape(factor: OrthogonalFactor, entry: Entry) -> tuple[int, ...] | No
 
 def _readable(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape if shape[0] > 1 else shape[1:]))
-
-
-def fingerprint(tensor: Tensor) -> Tensor:
-    """An int64 on the tensor's device that changes with any bit, or its place."""
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    words = tensor.detach().contiguous().flatten().view(torch.int16 if tensor.element_size() > 1 else torch.int8)
-    for number, piece in enumerate(words.split(_NUMBERS_AT_ONCE), start=1):
-        bits = piece.to(torch.int32)
-        places = torch.arange(bits.numel(), device=bits.device, dtype=torch.int32) % 8191 + 1
-        total += number * (bits * places).sum(dtype=torch.int64)
-    return total
 
 
 def _must_be_bytes(name: str, value: Any, weight: Tensor) -> bool:

@@ -16,6 +16,7 @@ ROUTES = ("auto", "gram", "dense")
 PRECISIONS = ("auto", "ieee", "tf32x3", "tf32")
 INNER = ("inductor", "aot_eager")
 RESIDUAL_BITS = (8, 4, 0)
+STORAGES = ("folded", "int8", "bf16-lean")
 SKEW_DTYPES = ("float32", "bfloat16")
 SIDES = ("both", "rows", "columns")
 INITS = ("keep", "row-normalised")
@@ -24,6 +25,7 @@ HEADS = ("lm_head", "head", "heads", "classifier", "score", "embed_out", "output
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "residual_bits": RESIDUAL_BITS,
+    "storage": STORAGES,
     "skew_dtype": SKEW_DTYPES,
     "sides": SIDES,
     "init": INITS,
@@ -66,6 +68,10 @@ class PoetxConfig:
 
     residual_bits: int = 8
     """Of half-precision weights: how many bits below their 16 are kept, 8, 4 or 0. With 0 each fold rounds stochastically."""
+
+    storage: str = "folded"
+    """Of half-precision weights of linear layers: ``folded``, each step goes into the weight; or a base and the rotations since,
+    ``int8`` (one byte a number) or ``bf16-lean`` (two)."""
 
     skew_dtype: str = "float32"
     """Of ``q`` of half-precision weights, its gradient and its optimizer states: ``float32``, or ``bfloat16`` for half of it."""
@@ -111,6 +117,17 @@ class PoetxConfig:
             if getattr(self, name) not in choices:
                 allowed = ", ".join(map(str, choices))
                 raise PoetxError(f"poetx: option {name!r} must be one of {allowed}, not {getattr(self, name)!r}")
+        self._check_storage()
+
+    def _check_storage(self) -> None:
+        if self.storage != "folded" and self.route == "dense":
+            raise PoetxError(
+                f"poetx: storage={self.storage!r} keeps no whole weights, which route='dense' would; leave route at 'auto'"
+            )
+        if self.storage != "folded" and self.residual_bits != 8:
+            raise PoetxError(
+                f"poetx: residual_bits says nothing of storage={self.storage!r}, only of 'folded'; leave it out"
+            )
 
     @staticmethod
     def _names(name: str, value: Any) -> tuple[str, ...]:

@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import gradient, initial
+from . import gradient, initial, stand_in
 from ._torch import active_ddp, distributed_wrapper
 from .config import PoetxConfig
 from .errors import PoetxError
 from .factor import OrthogonalFactor, factors
-from .passes import Skip, SkipReason, is_named, unfit
+from .kernels import HALF
+from .passes import LinearMatch, Skip, SkipReason, is_named, unfit
 
 _skipped: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _BINDING = {
@@ -34,6 +35,7 @@ _FIXED = (
     "seed",
     "permutation_period",
     "residual_bits",
+    "storage",
     "skew_dtype",
     "include_conv",
     "sides",
@@ -48,12 +50,16 @@ def adopt(
     config: PoetxConfig,
     matrices: tuple[int, int, int] | None = None,
     outputs: int | None = None,
+    storage: str = "folded",
 ) -> OrthogonalFactor:
-    """The factor of a weight, made if there is none yet. Changes nothing of the weight's values, unless ``config.init`` says so.
+    """The factor of a weight, made if there is none yet.
+
+    The weight's values stay, unless ``config.init`` says otherwise. :func:`.stand_in.pack` stores them lean.
 
     Args:
         matrices: the stack ``[count, m, n]`` as which the weight is rotated; by default over its last two dimensions.
         outputs: the dimension of a matrix along which its outputs lie, for ``config.init``; None keeps the values.
+        storage: of a weight that has no factor yet: what :func:`storage_for` says of its use.
 
     Raises:
         PoetxError: the weight was converted with other settings.
@@ -62,7 +68,7 @@ def adopt(
     if factor is None:
         if config.init != "keep":
             initial.normalise_rows(weight, name, outputs)
-        factor = OrthogonalFactor(weight, name, config, matrices)
+        factor = OrthogonalFactor(weight, name, config, matrices, storage)
         gradient.attach(factor)
         _skipped.pop(weight, None)
         return factor
@@ -81,12 +87,19 @@ def adopt(
     return factor
 
 
+def storage_for(found: LinearMatch, config: PoetxConfig) -> str:
+    """How a weight is to be stored: lean where that is asked for, and products alone use it."""
+    is_fit = bool(found.uses) and found.weight.dtype in HALF and found.weight.is_contiguous()
+    return config.storage if is_fit else "folded"
+
+
 def adopt_late(
     weight: nn.Parameter,
     name: str,
     config: PoetxConfig,
     matrices: tuple[int, int, int] | None = None,
     outputs: int | None = None,
+    storage: str = "folded",
 ) -> OrthogonalFactor:
     """Convert a weight that meets compiled code made for another: a second instance, a copy, a replaced parameter.
 
@@ -102,7 +115,7 @@ def adopt_late(
         )
     if config.init != "keep" and id(weight) not in initial.untrained([(weight, name)]):
         outputs = None
-    return adopt(weight, name, config, matrices, outputs)
+    return adopt(weight, name, config, matrices, outputs, storage)
 
 
 def release(weight: nn.Parameter) -> OrthogonalFactor | None:
@@ -111,6 +124,7 @@ def release(weight: nn.Parameter) -> OrthogonalFactor | None:
     factor = factors.of_weight(weight)
     if factor is not None:
         weight.grad = None
+        stand_in.unpack(factor)
         gradient.detach(factor)
     return factor
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, distributed, nn
 
 from . import _torch
-from .checkpoint import fingerprint
 from .errors import PoetxError
 from .factor import OrthogonalFactor, factors
+from .fingerprint import fingerprint
 
 Group: TypeAlias = "distributed.ProcessGroup | None"
 
-_SHARED = ("scale", "precision", "permutation_period", "residual_bits", "skew_dtype")
+_SHARED = ("scale", "precision", "permutation_period", "residual_bits", "storage", "skew_dtype")
 
 
 @contextmanager
@@ -132,9 +132,9 @@ def follow_join(module: nn.Module, group: Group, source: int) -> None:
     counts = torch.tensor([(factor.epoch, factor.steps) for factor in converted], device=converted[0].q.device)
     distributed.broadcast(counts, group=group, group_src=source)
     for factor, (epoch, steps) in zip(converted, counts.tolist()):
-        if factor.residual is not None:
-            distributed.broadcast(factor.residual, group=group, group_src=source)
-        factor.resume(factor.key, epoch, steps, factor.residual)
+        for tensor in factor.kept.values():
+            distributed.broadcast(tensor, group=group, group_src=source)
+        factor.resume(factor.key, epoch, steps, factor.kept or None)
 
 
 def refuse_shards(module: nn.Module) -> None:
@@ -150,15 +150,21 @@ def refuse_shards(module: nn.Module) -> None:
 
 
 def _send(factor: OrthogonalFactor, group: Group) -> None:
-    """Weight and residual of the group's first rank, to all."""
-    residual = factor.residual
-    for tensor in (factor.weight.data, *(() if residual is None else (residual,))):
+    """All that makes up the weight of the group's first rank, to all."""
+    for tensor in _parts(factor):
         distributed.broadcast(tensor, group=group, group_src=0)
+    if factor.base is not None:
+        factor.base.load(factor.base.tensors)
+
+
+def _parts(factor: OrthogonalFactor) -> list[Tensor]:
+    own = [factor.weight.data] if factor.base is None else []
+    return [*own, *factor.kept.values()]
 
 
 def _checksum(factor: OrthogonalFactor) -> Tensor:
-    weight = fingerprint(factor.weight)
-    return weight if factor.residual is None else weight * 31 + fingerprint(factor.residual)
+    sums = [fingerprint(part) for part in _parts(factor)]
+    return sum((31**place * total for place, total in enumerate(reversed(sums))), torch.zeros_like(sums[0]))
 
 
 def _reduced_bytes(parameter: Tensor) -> int | None:

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from ._torch import activation_budget, copy_graph, fake_tensors, partition_with_inductor, storage_of
+from .base import BASES
 from .config import PoetxConfig
+from .conversion import storage_for
 from .errors import PoetxError
 from .factor import SKEWS_PER_BATCH, OrthogonalFactor
 from .kernels import HALF
 from .kernels.ops import WIDEST
 from .liveness import Alive, Walk, nbytes
-from .passes import LinearMatch, choose_route, match, normalize, rewrite
+from .passes import LinearMatch, choose_route, match, normalize, rewrite, supply
 
 _STATES = 2
 _CAYLEY_COPIES = 6
@@ -29,7 +31,7 @@ class Estimate:
 
     Attributes:
         weights: all parameters, and buffers.
-        residuals: the bits below half-precision weights.
+        residuals: the bits below half-precision weights; of lean ones the rotations since their base.
         q: skew parameters, and the channels of their blocks.
         states: of AdamW: two numbers for each number that is trained.
         gradients, activations, logits, scratch: of what is alive at the peak: gradients made so far; what the forward pass saved
@@ -120,12 +122,13 @@ def trace(
         def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             extra: list[Tensor] = []
             edited = copy_graph(gm)
+            kept: Sequence[int] = range(len(inputs))
             if config is not None and torch.is_grad_enabled():
                 with fake:  # Dynamo left it to call this
-                    extra = _convert(edited, inputs, config, planned)
+                    extra, kept = _convert(edited, inputs, config, planned)
             with activation_budget(config.activation_memory_budget if config else 1.0):
-                partitioned = partition_with_inductor(edited, [*inputs, *extra], traced.note)
-            return lambda *args: partitioned(*args, *extra)
+                partitioned = partition_with_inductor(edited, [*(inputs[place] for place in kept), *extra], traced.note)
+            return lambda *args: partitioned(*(args[place] for place in kept), *extra)
 
         loss(torch.compile(model, backend=backend)).backward()
         traced.factors = list(planned.values())
@@ -147,7 +150,10 @@ def estimate(traced: Traced, residual_bits: int = 8, is_fused: bool = False) -> 
     reductions write, and what stands between two of them. Pointwise arithmetic is taken for fused.
     """
     factors = traced.factors
+    lean = [(factor, factor.base) for factor in factors if factor.base is not None]
     weights = sum(map(nbytes, traced.weights)) + traced.buffers
+    weights += sum(base.number_bytes - nbytes(factor.weight) for factor, base in lean)
+    unpacked = max((factor.weight.numel() for factor, _ in lean), default=0)  # the residual while a weight is made
     residuals = sum(_residual(factor, residual_bits) for factor in factors)
     skews = sum(nbytes(factor.q) for factor in factors)
     channels = sum(nbytes(factor.row_channels) + nbytes(factor.column_channels) for factor in factors)
@@ -171,13 +177,13 @@ def estimate(traced: Traced, residual_bits: int = 8, is_fused: bool = False) -> 
     kept = Alive()
     for graph in traced.forwards:
         walk = Walk(graph, False, traced.vocabulary)
-        moments.append(_at(fixed, "forward", kept + walk.peak()))
+        moments.append(_at(fixed, "forward", kept + walk.peak() + Alive(scratch=unpacked)))
         kept += walk.outputs()
     backwards = [Walk(graph, True, traced.vocabulary, traced.lasting) for graph in traced.backwards]
     saved = kept = sum((walk.saved() for walk in backwards), Alive())
     for walk in backwards:
         kept -= walk.saved()
-        moments.append(_at(fixed, "backward", kept + walk.peak()))
+        moments.append(_at(fixed, "backward", kept + walk.peak() + Alive(scratch=unpacked)))
         kept += walk.outputs()
     updates = [] if is_fused else _by_dtype([*trained, *(factor.q for factor in factors)])
     scratch = max([*updates, _rotations(factors) + _fold(factors, residual_bits)])
@@ -189,16 +195,29 @@ def _at(fixed: Estimate, at: str, alive: Alive) -> Estimate:
     return replace(fixed, at=at, **asdict(alive))
 
 
-def _convert(gm: fx.GraphModule, inputs: Sequence[Any], config: PoetxConfig, planned: dict[int, _Planned]) -> list[Tensor]:
+def _convert(
+    gm: fx.GraphModule, inputs: Sequence[Any], config: PoetxConfig, planned: dict[int, _Planned]
+) -> tuple[list[Tensor], Sequence[int]]:
+    """Rewrite a graph; what it takes beside its inputs, and which of these it still takes."""
     given = dict(zip([node for node in gm.graph.nodes if node.op == "placeholder"], inputs))
     normalize(gm, given)
     rewritten: list[tuple[LinearMatch, OrthogonalFactor]] = []
+    lean: list[tuple[fx.Node, OrthogonalFactor]] = []
     for found in match(gm, given, config)[0]:
-        factor = planned.setdefault(id(found.weight), _Planned(found.weight, found.name, config, found.stack.shape))
+        storage = storage_for(found, config)
+        made = _Planned(found.weight, found.name, config, found.stack.shape, storage)
+        factor = planned.setdefault(id(found.weight), made)
+        if factor is made and storage != "folded":
+            factor.base = BASES[storage](found.weight, factor.stack)
         factor.route = choose_route(found, config)
         if factor.route == "gram":
             rewritten.append((found, factor))
-    return rewrite(gm, rewritten)
+        if factor.base is not None:
+            lean.append((found.placeholder, factor))
+    added = rewrite(gm, rewritten)
+    supply(gm, lean, added)
+    dropped = {node for node, _ in lean}
+    return added.tensors, [place for place, node in enumerate(given) if node not in dropped]
 
 
 def _by_dtype(tensors: Sequence[Tensor]) -> list[int]:
@@ -211,6 +230,8 @@ def _converted(traced: Traced) -> float:
 
 
 def _residual(factor: OrthogonalFactor, bits: int) -> int:
+    if factor.base is not None:
+        return factor.base.nbytes - factor.base.number_bytes
     if factor.weight.dtype not in HALF:
         return 0
     count, m, n = factor.stack.shape
@@ -229,9 +250,11 @@ def _squares(factor: OrthogonalFactor) -> int:
 
 
 def _fold(factors: Sequence[OrthogonalFactor], bits: int) -> int:
-    """Scratch of folding the largest matrix that no Triton kernel serves: float32 copies of it."""
+    """Scratch of folding the largest matrix that no Triton kernel serves: float32 copies of it, or of a lean one's rotations."""
     sizes = [
-        factor.stack.rows.features * factor.stack.columns.features for factor in factors if not _by_kernel(factor, bits)
+        factor.stack.rows.features * factor.stack.columns.features if factor.base is None else _squares(factor)
+        for factor in factors
+        if factor.base is not None or not _by_kernel(factor, bits)
     ]
     return 12 * max(sizes, default=0)
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import kernels
+from ._torch import own_operations
+from .base import Base
 from .config import PoetxConfig
 from .errors import PoetxError
 from .layout import BlockLayout, StackLayout, permutation_key, rounding_seed
@@ -31,6 +33,9 @@ class OrthogonalFactor:
     A weight of more dimensions is read as a stack of matrices ``[count, m, n]``, by default over its last two dimensions.
     Each matrix has blocks and rotations of its own, all by one permutation.
 
+    Where the weight is stored lean, ``W`` is ``W₀`` between two rotations, in :attr:`base`, and a step is folded into these;
+    the parameter that the user holds has no memory of its own then.
+
     Attributes:
         stack: the matrices of the weight, and their blocks.
         q: ``nn.Parameter``, 1-D, float32 (float64 for float64 weights, bfloat16 for half-precision ones if so set): for each
@@ -38,6 +43,10 @@ class OrthogonalFactor:
             optimizer writes there is this step's rotation.
         row_channels, column_channels: int64, the channels of the blocks; their storage stays for life.
         residual: what half-precision weights lose by rounding: int8 of the weight's shape, or two numbers a byte, or None.
+        storage: how the weight is stored: ``folded``, as itself, or one of :data:`.base.BASES`.
+        base: what stands for a lean weight, once it is packed.
+        origin: fingerprint of the values that were packed or written last, while no rotation has come since; see
+            :mod:`.checkpoint`.
         epoch: number of the current draw of permutations.
         steps: counted optimizer steps.
         route: how its gradient is made: ``gram`` or ``dense``.
@@ -46,7 +55,12 @@ class OrthogonalFactor:
     """
 
     def __init__(
-        self, weight: nn.Parameter, name: str, config: PoetxConfig, matrices: tuple[int, int, int] | None = None
+        self,
+        weight: nn.Parameter,
+        name: str,
+        config: PoetxConfig,
+        matrices: tuple[int, int, int] | None = None,
+        storage: str = "folded",
     ) -> None:
         self._weight = weakref.ref(weight)
         self.name = name
@@ -64,7 +78,11 @@ class OrthogonalFactor:
         self.q = nn.Parameter(torch.zeros(self.stack.skew, dtype=self._skew_dtype(weight.dtype), device=device))
         self.row_channels = torch.empty(self.rows.rotated, dtype=torch.int64, device=device)
         self.column_channels = torch.empty(self.columns.rotated, dtype=torch.int64, device=device)
-        self.residual = kernels.new_residual(weight, self.stack.shape, config.residual_bits)
+        self.storage = storage
+        self.base: Base | None = None
+        self.origin: Tensor | None = None
+        bits = config.residual_bits if storage == "folded" else 0
+        self.residual = kernels.new_residual(weight, self.stack.shape, bits)
         self.draw()
         self._shape = weight.shape
         self._dtype = weight.dtype
@@ -87,12 +105,33 @@ class OrthogonalFactor:
         """Of the products that make and apply rotations, on a GPU: by default that of the 24 bits, or 16, of the weight."""
         if self.config.precision != "auto":
             return self.config.precision
-        return "tf32" if self.weight.dtype in kernels.HALF else "tf32x3"
+        return "tf32" if self._dtype in kernels.HALF else "tf32x3"
 
     @property
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What a rewritten graph takes beside the weight."""
-        return self.q, self.row_channels, self.column_channels
+    def is_packed(self) -> bool:
+        """Whether the weight stands as it is to be stored."""
+        return self.storage == "folded" or self.base is not None
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """What is kept of the weight beside, or in place of, its own numbers."""
+        if self.base is not None:
+            return self.base.tensors
+        return {} if self.residual is None else {"residual": self.residual}
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a rewritten graph takes beside the weight, or in its place."""
+        own = {"q": self.q, "row_channels": self.row_channels, "column_channels": self.column_channels}
+        return own if self.base is None else own | self.base.tensors
+
+    def made(self, dtype: torch.dtype | None = None) -> kernels.Made:
+        """What a lean weight is made of; ``dtype`` None takes its own."""
+        assert self.base is not None
+        base, dtype = self.base, dtype or self._dtype
+        channels = self.row_channels, self.column_channels
+        sides = (base.rows, channels[0], base.columns, channels[1])
+        return kernels.Made(base.stored, base.scales, *sides, dtype, self.columns.run, self.precision)
 
     def _skew_dtype(self, dtype: torch.dtype) -> torch.dtype:
         is_short = self.config.skew_dtype == "bfloat16" and dtype in kernels.HALF
@@ -132,8 +171,15 @@ class OrthogonalFactor:
         Args:
             rotations: ``E`` of each side in :meth:`skews`, ``[r, b, b]``.
         """
-        self.check_residual()
         given = iter(rotations)
+        if self.base is not None:
+            rows, columns = (next(given) if side.count else None for side in (self.rows, self.columns))
+            self.base.turn(rows, columns, self.steps)
+            self.origin = None
+            torch.autograd.graph.increment_version(self.weight)
+            self.clear()
+            return
+        self.check_residual()
         weight, residual = self.weight, self.residual
         matrices = weight.data.reshape(self.stack.shape)
         residuals = None if residual is None else residual.reshape(*self.stack.shape[:2], -1)
@@ -154,7 +200,7 @@ class OrthogonalFactor:
 
     def check_residual(self) -> None:
         """Drop the residual of a weight that was written from outside: it belongs to other values."""
-        if self.weight._version == self._seen:
+        if self.base is not None or self.weight._version == self._seen:
             return
         if self.residual is not None:
             self.residual.zero_()
@@ -167,19 +213,37 @@ class OrthogonalFactor:
         period = self.config.permutation_period
         if not period or self.steps % period:
             return False
+        self._settle()
         self.epoch += 1
         self.draw()
         return True
 
-    def resume(self, key: int, epoch: int, steps: int, residual: Tensor | None) -> None:
-        """Continue where a checkpoint stopped; ``residual`` None means that none belongs to this weight."""
+    def _settle(self) -> None:
+        """Make a lean weight its own base: rotations by other permutations are to come."""
+        if self.base is None or not self.base.is_turned:
+            return
+        exact = self.made(kernels.master_dtype(self._dtype)).weight()
+        self.base.write(exact, rounding_seed(self.key, self.steps, 0))
+
+    def resume(self, key: int, epoch: int, steps: int, kept: dict[str, Tensor] | None) -> None:
+        """Continue where a checkpoint stopped.
+
+        Args:
+            kept: as :attr:`kept`; None means that none of it belongs to this weight, which stays what it is.
+        """
+        if kept is None and (key, epoch) != (self.key, self.epoch):
+            self._settle()
         self.key, self.epoch, self.steps = key, epoch, steps
         self.draw()
-        if self.residual is not None:
-            if residual is None:
+        if self.base is not None:
+            if kept is not None:
+                self.base.load(kept)
+                self.origin = None
+        elif self.residual is not None:
+            if kept is None:
                 self.residual.zero_()
             else:
-                self.residual.copy_(residual)
+                self.residual.copy_(kept["residual"])
         self._seen = self.weight._version
 
     def follow_weight(self) -> None:
@@ -189,24 +253,28 @@ class OrthogonalFactor:
             PoetxError: the weight has another shape than at conversion.
         """
         weight = self.weight
-        if weight.shape != self._shape:
+        with own_operations():
+            shape, device, dtype = weight.shape, weight.device, weight.dtype
+        if shape != self._shape:
             raise PoetxError(
                 f"poetx: '{self.name}' was converted as {' x '.join(map(str, self._shape))} and is now "
-                f"{' x '.join(map(str, weight.shape))}; call poetx_compile.restore(model) before changing a weight's shape"
+                f"{' x '.join(map(str, shape))}; call poetx_compile.restore(model) before changing a weight's shape"
             )
-        if weight.device == self.q.device and weight.dtype == self._dtype:
+        if device == self.q.device and dtype == self._dtype:
             return
-        dtype = self._skew_dtype(weight.dtype)
+        skew_dtype = self._skew_dtype(dtype)
         grad, self.q.grad = self.q.grad, None
-        self.q.data = self.q.data.to(weight.device, dtype)
-        self.q.grad = None if grad is None else grad.to(weight.device, dtype)
-        self.row_channels = self.row_channels.to(weight.device)
-        self.column_channels = self.column_channels.to(weight.device)
-        if weight.dtype != self._dtype:
+        self.q.data = self.q.data.to(device, skew_dtype)
+        self.q.grad = None if grad is None else grad.to(device, skew_dtype)
+        self.row_channels = self.row_channels.to(device)
+        self.column_channels = self.column_channels.to(device)
+        if self.base is not None:
+            self.base.to(device)
+        elif dtype != self._dtype:
             self.residual = kernels.new_residual(weight, self.stack.shape, self.config.residual_bits)
         elif self.residual is not None:
-            self.residual = self.residual.to(weight.device)
-        self._dtype = weight.dtype
+            self.residual = self.residual.to(device)
+        self._dtype = dtype
         self._clean = self.q._version
 
 
@@ -251,7 +319,7 @@ def retract_all(work: Iterable[tuple[OrthogonalFactor, float]], look: Callable[[
     made += _rotations(batch)
     if look is not None:
         look(made)
-    for factor, rotations in sorted(made, key=lambda pair: pair[0].weight.numel(), reverse=True):
+    for factor, rotations in sorted(made, key=lambda pair: pair[0]._shape.numel(), reverse=True):
         factor.fold(rotations)
 
 

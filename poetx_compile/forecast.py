@@ -46,13 +46,14 @@ def run(
     batch: int,
     dtype: str = "bfloat16",
     block_size: int = PoetxConfig.block_size,
+    storage: str = PoetxConfig.storage,
     skew_dtype: str = PoetxConfig.skew_dtype,
     activation_memory_budget: float = PoetxConfig.activation_memory_budget,
     ordinary: bool = False,
     fused: bool = False,
     console: Console | None = None,
 ) -> bool:
-    """Print an estimate for each storage, and tell whether the leanest fits.
+    """Print an estimate for each number of residual bits, or for a lean storage, and tell whether the leanest fits.
 
     Args:
         model: a transformers ``config.json``, its folder, or ``llama:hidden=4096,layers=32,...``.
@@ -67,7 +68,9 @@ def run(
     if min(seq, batch) < 1:
         raise PoetxError(f"poetx: --seq and --batch must be 1 or more, not {seq} and {batch}")
     card = None if gpu is None else parse_size(gpu)
-    settings = PoetxConfig(block_size=block_size, skew_dtype=skew_dtype, activation_memory_budget=activation_memory_budget)
+    settings = PoetxConfig(
+        block_size=block_size, storage=storage, skew_dtype=skew_dtype, activation_memory_budget=activation_memory_budget
+    )
     choices = plan(read_config(model), seq, batch, DTYPES[dtype], settings, ordinary, fused)
     (console or Console()).print(_table(choices, card, f"{model}, {batch} × {seq} tokens, {dtype}, {'fused ' * fused}AdamW"))
     return card is None or any(choice.estimate.total <= card for choice in choices)
@@ -76,7 +79,7 @@ def run(
 def plan(
     config: Any, seq: int, batch: int, dtype: torch.dtype, settings: PoetxConfig, ordinary: bool = False, fused: bool = False
 ) -> list[Choice]:
-    """Estimates for every storage of a causal language model, the default first.
+    """Estimates for a causal language model: with every number of residual bits where its weights are folded, 8 first.
 
     Args:
         config: of transformers.
@@ -95,10 +98,12 @@ def plan(
 
     vocabulary = config.get_text_config().vocab_size
     traced = trace(build, loss, settings, vocabulary)
-    bits = RESIDUAL_BITS if dtype != torch.float32 else RESIDUAL_BITS[:1]
-    choices = [
-        Choice(f"residual_bits={number}" if len(bits) > 1 else "poetx", estimate(traced, number, fused)) for number in bits
-    ]
+    if dtype == torch.float32:
+        choices = [Choice("poetx", estimate(traced, is_fused=fused))]
+    elif settings.storage == "folded":
+        choices = [Choice(f"residual_bits={number}", estimate(traced, number, fused)) for number in RESIDUAL_BITS]
+    else:
+        choices = [Choice(f"storage={settings.storage}", estimate(traced, is_fused=fused))]
     if ordinary:
         choices.append(Choice("ordinary", estimate(trace(build, loss, None, vocabulary), is_fused=fused)))
     return choices

@@ -156,22 +156,41 @@ def _row(name: str, parameter: nn.Parameter, owner: Optimizer | None, known: boo
         after = Bytes(ordinary.weights, 0, ordinary.gradients if grad is None else _size(grad), states)
         return Row(name, tuple(parameter.shape), parameter.dtype, False, how, ordinary, after)
     states = sum(map(_size, held)) if known else like_q * _size(q)
-    after = Bytes(_size(parameter), _size(factor.residual), _size(q), _size(q) + states)
+    numbers, beside = _stored(factor)
+    after = Bytes(numbers, beside, _size(q), _size(q) + states)
     return Row(name, tuple(parameter.shape), parameter.dtype, True, _how(factor), ordinary, after)
+
+
+def _stored(factor: OrthogonalFactor) -> tuple[int, int]:
+    """Bytes of the weight's numbers, and of what stands beside them."""
+    base = factor.base
+    if base is None:
+        return _size(factor.weight), _size(factor.residual)
+    return base.number_bytes, base.nbytes - base.number_bytes
 
 
 def _how(factor: OrthogonalFactor) -> str:
     sides = (f"{side.count}×{side.width}" if side.count else "fixed" for side in (factor.rows, factor.columns))
     each = f"{factor.stack.count} matrices, " if factor.stack.count > 1 else ""
-    bits = factor.config.residual_bits
-    rounded = f", {bits} more bits" if bits else ", rounded stochastically"
-    below = rounded if bits != 8 and factor.weight.dtype in HALF else ""
-    start = "" if factor.config.init == "keep" else f", {_start(factor)}"
-    return f"rotation: {factor.route}, {each}blocks {', '.join(sides)}{below}{start}"
+    return f"rotation: {factor.route}, {each}blocks {', '.join(sides)}{_rounding(factor)}{_start(factor)}"
 
 
 def _start(factor: OrthogonalFactor) -> str:
-    return "rows normalised at the start" if initial.was_rescaled(factor.weight) else "start kept"
+    if factor.config.init == "keep":
+        return ""
+    return ", rows normalised at the start" if initial.was_rescaled(factor.weight) else ", start kept"
+
+
+def _rounding(factor: OrthogonalFactor) -> str:
+    bits, asked = factor.config.residual_bits, factor.config.storage
+    if factor.storage != "folded":
+        return f", {factor.storage}"
+    if asked != "folded":
+        why = "used in other ways than as a product" if factor.weight.dtype in HALF else "not in half precision"
+        return f", folded: {why}"
+    if bits == 8 or factor.weight.dtype not in HALF:
+        return ""
+    return f", {bits} more bits" if bits else ", rounded stochastically"
 
 
 def _size(tensor: Tensor | None) -> int:

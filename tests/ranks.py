@@ -252,6 +252,29 @@ def rounded_stochastically(folder: Path) -> Result:
     return {"values": values(model)}
 
 
+def stored_in_int8(folder: Path) -> Result:
+    """Half-precision weights as codes and rotations, with new permutations between; one rank is damaged and repaired."""
+    options = OPTIONS | {"storage": "int8", "permutation_period": 3}
+    model = Block().to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(distributed.get_rank())
+    poetx_compile.prepare(model, share(0)[0].bfloat16(), options=options)
+    module, optimizer = DistributedDataParallel(torch.compile(model, backend="poetx", options=options)), adamw(model)
+    for step in range(STEPS):
+        x, target = (tensor.bfloat16() for tensor in share(step))
+        F.mse_loss(module(x), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    agreed = error_of(lambda: poetx_compile.check_ranks(model))
+    if distributed.get_rank() == distributed.get_world_size() - 1:
+        factors.of_module(model)[1].base.rows[0, 0, 0] += 1e-5
+    message = error_of(lambda: poetx_compile.check_ranks(model))
+    poetx_compile.check_ranks(model, repair=True)
+    kept = [tensor for factor in factors.of_module(model) for tensor in factor.kept.values()]
+    return {"agreed": agreed, "message": message, "values": [*values(model), *kept]}
+
+
 def resumed_from_one(folder: Path) -> Result:
     model = prepared()
     weights, states = torch.load(folder / "of-1.pt", weights_only=True)
@@ -328,6 +351,7 @@ SCENARIOS = (
     uneven,
     uneven_alone,
     rounded_stochastically,
+    stored_in_int8,
     resumed_from_one,
     checked,
     wrapped_unprepared,

@@ -41,6 +41,7 @@ WRONG = [
     ("sides", "left", "'sides' must be one of both, rows, columns, not 'left'"),
     ("init", "rows", "'init' must be one of keep, row-normalised, not 'rows'"),
     ("moments", "drop", "'moments' must be one of reset, keep, second, transport, not 'drop'"),
+    ("storage", "int4", "'storage' must be one of folded, int8, bf16-lean, not 'int4'"),
     ("skew_dtype", "float16", "'skew_dtype' must be one of float32, bfloat16, not 'float16'"),
     ("activation_memory_budget", 1.5, "'activation_memory_budget' must be from 0 to 1, not 1.5"),
     ("activation_memory_budget", -0.1, "'activation_memory_budget' must be from 0 to 1"),

@@ -12,6 +12,7 @@ TRAINED = (
     *("compiled_then_wrapped", "wrapped_then_compiled", "accumulated", "in_pieces", "dense", "static"),
     *("searched", "low_rank", "resumed_from_one"),
 )
+OTHERS = ("uneven", "uneven_alone", "checked", "rounded_stochastically", "stored_in_int8")
 LOSSY = ("compressed_to_float16", "compressed_to_bfloat16")
 Results = dict[int, list[dict[str, Result]]]
 
@@ -31,7 +32,7 @@ def test_many_ranks_train_as_one(results: Results, scenario: str, world: int) ->
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("scenario", (*TRAINED, *LOSSY, "uneven", "uneven_alone", "checked", "rounded_stochastically"))
+@pytest.mark.parametrize("scenario", (*TRAINED, *LOSSY, *OTHERS))
 def test_ranks_stay_bitwise_equal(results: Results, scenario: str, world: int) -> None:
     first, *others = (result[scenario]["values"] for result in results[world])
     for other in others:
@@ -92,6 +93,13 @@ def test_a_graph_is_cut_where_a_bucket_of_what_is_reduced_is_full(results: Resul
 def test_a_rank_that_went_astray_is_named_and_repaired(results: Results, world: int) -> None:
     for result in results[world]:
         assert "'layers.2.weight' and 0 more of 2 converted weights differ between ranks" in result["checked"]["message"]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_lean_weights_are_compared_by_what_they_keep(results: Results, world: int) -> None:
+    for result in results[world]:
+        assert result["stored_in_int8"]["agreed"] == ""
+        assert ("'layers.2.weight' and 0 more" in result["stored_in_int8"]["message"]) == (world > 1)
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 
 from poetx_compile import PoetxConfig, PoetxError, report
 from poetx_compile._torch import is_fake
+from poetx_compile.base import BASES
 from poetx_compile.estimate import estimate, trace
 from poetx_compile.factor import factors
 
@@ -81,7 +82,7 @@ def saved_bytes(model: nn.Module, compiled: Callable[..., Any], loss: Callable[[
     held = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
         factor = factors.of_weight(parameter)
-        held += [] if factor is None else factor.inputs
+        held += [] if factor is None else factor.inputs.values()
     outside = {StorageWeakRef(tensor.untyped_storage()) for tensor in held}
     found = sum(size for storage, size in kept.items() if storage not in outside)
     value.backward()
@@ -93,26 +94,36 @@ def saved_bytes(model: nn.Module, compiled: Callable[..., Any], loss: Callable[[
 def test_what_training_keeps_is_what_a_real_model_holds(name: str, dtype: torch.dtype) -> None:
     build, loss = case(name, dtype)
     traced = trace(build, loss, PoetxConfig(**OPTIONS))
-    for bits in (8, 4, 0):
-        found = estimate(traced, residual_bits=bits)
+    lean = {storage: trace(build, loss, PoetxConfig(storage=storage, **OPTIONS)) for storage in BASES}
+    ways = [*((traced, {"residual_bits": bits}) for bits in (8, 4, 0)), *((lean[name], {"storage": name}) for name in BASES)]
+    for graphs, way in ways:
+        found = estimate(graphs, residual_bits=way.get("residual_bits", 8))
         torch._dynamo.reset()
-        model = trained(build, loss, residual_bits=bits, inner="aot_eager")
+        model = trained(build, loss, **way, inner="aot_eager")
         real = report(model, show=False)
         assert found.converted == real.coverage
         assert found.residuals == real.after.residuals
         converted = [factor for weight in model.parameters() if (factor := factors.of_weight(weight)) is not None]
-        assert found.q == sum(tensor.nbytes for factor in converted for tensor in factor.inputs)
+        own = [(factor.q, factor.row_channels, factor.column_channels) for factor in converted]
+        assert found.q == sum(tensor.nbytes for tensors in own for tensor in tensors)
         assert found.states == real.after.states - sum(factor.q.nbytes for factor in converted)  # which counts q there
         assert found.weights == real.after.weights + sum(buffer.nbytes for buffer in model.buffers())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_what_the_forward_pass_saves_is_what_a_compiled_model_saves(name: str, checkpointing: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "checkpointing", "storage"),
+    [(name, checkpointing, "folded") for name in CONFIGS for checkpointing in (False, True)]
+    + [("llama", False, "int8"), ("llama", True, "int8"), ("gpt2", False, "bf16-lean")],
+)
+def test_what_the_forward_pass_saves_is_what_a_compiled_model_saves(name: str, checkpointing: bool, storage: str) -> None:
     build, loss = case(name, torch.bfloat16, checkpointing)
-    found = estimate(trace(build, loss, PoetxConfig(**OPTIONS)))
+    options = OPTIONS | {"storage": storage}
+    found = estimate(trace(build, loss, PoetxConfig(**options)))
     model = build()
-    compiled = torch.compile(model, backend="poetx", options=OPTIONS)
+    compiled = torch.compile(model, backend="poetx", options=options)
+    if storage != "folded":  # the first call runs uncompiled
+        model.optimizer = torch.optim.AdamW(model.parameters())
+        loss(compiled).backward()
     assert found.saved == saved_bytes(model, compiled, loss)
 
 

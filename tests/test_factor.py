@@ -420,7 +420,7 @@ def test_a_resumed_factor_goes_on_as_the_one_it_continues(dtype: torch.dtype, bi
         first.retract()
         first.count_step()
     second = OwningFactor(copy.deepcopy(first.owned), "another name", config)
-    second.resume(first.key, first.epoch, first.steps, first.residual)
+    second.resume(first.key, first.epoch, first.steps, first.kept or None)
     for factor in (first, second):
         turn(factor, seed=3)
         factor.retract()

@@ -35,6 +35,13 @@ def test_half_precision_alone_has_a_choice_of_bits() -> None:
     assert "residual_bits" not in printed(dtype="float32")[1]
 
 
+@pytest.mark.parametrize("storage", ["int8", "bf16-lean"])
+def test_a_lean_storage_is_estimated_alone(storage: str) -> None:
+    _, text = printed(storage=storage)
+    assert f"storage={storage}" in text
+    assert "residual_bits" not in text
+
+
 def test_what_does_not_fit_is_said() -> None:
     fits, text = printed(gpu="100KB")
     assert not fits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from helpers import Experts, factor_of
 from torch import Tensor, nn
 
-from poetx_compile import doctor
+from poetx_compile import PoetxConfig, conversion, doctor, stand_in
+from poetx_compile.backend import poetx
+from poetx_compile.base import BASES
 from poetx_compile.kernels import HALF, block_gram, cayley_neumann, decode, naive, rotate_
 from poetx_compile.layout import BlockLayout
 
@@ -101,9 +104,28 @@ def test_singular_values_stay_through_a_thousand_steps(dtype: torch.dtype, toler
         assert (after - start).abs().max() < tolerance * start.max()
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
-def test_resume_is_exact(dtype: torch.dtype) -> None:
-    options = {"block_size": 64, "permutation_period": 3}
+@pytest.mark.parametrize("storage", BASES)
+def test_lean_rotations_stay_orthogonal_through_a_thousand_steps(storage: str) -> None:
+    model = network(torch.bfloat16)
+    compiled = torch.compile(model, backend="poetx", options={"block_size": 64, "storage": storage})
+    train(compiled, torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True, eps=1e-6), torch.bfloat16, range(1000))
+    for weight in (model[0].weight, model[2].weight):
+        base = factor_of(weight).base
+        assert base is not None
+        for turn in (base.rows, base.columns):
+            assert turn is not None
+            defect = turn.double() + turn.mT.double() + turn.mT.double() @ turn.double()
+            assert turn.abs().max() > 0.05
+            assert defect.abs().max() < 5e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "storage"),
+    [*((dtype, "folded") for dtype in (torch.float32, *HALF)), *((dtype, storage) for dtype in HALF for storage in BASES)],
+    ids=str,
+)
+def test_resume_is_exact(dtype: torch.dtype, storage: str) -> None:
+    options = {"block_size": 64, "permutation_period": 3, "storage": storage}
 
     def fresh() -> tuple[nn.Module, Any, torch.optim.Optimizer]:
         model = network(dtype)
@@ -124,6 +146,53 @@ def test_resume_is_exact(dtype: torch.dtype) -> None:
     train(compiled_again, optimizer_again, dtype, range(4, 8))
     for one, other in zip(model.parameters(), again.parameters()):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("storage", BASES)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("mode", ("default", "reduce-overhead"))
+def test_lean_weights_train_as_folded_ones(dtype: torch.dtype, storage: str, mode: str) -> None:
+    trained = []
+    for its in ("folded", storage):
+        torch._dynamo.reset()
+        model = network(dtype)
+        compiled = torch.compile(model, backend=partial(poetx, mode=mode, options={"storage": its}))
+        train(compiled, torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6), dtype, range(8))
+        trained.append([parameter.detach() for parameter in model.parameters()])
+    assert factor_of(model[0].weight).storage == storage
+    for ours, theirs in zip(*trained):
+        assert (ours - theirs).abs().max() <= (0.02 if storage == "int8" else 0.01) * theirs.abs().max() + 1e-3
+
+
+@pytest.mark.parametrize("storage", BASES)
+def test_a_lean_weight_takes_the_memory_that_is_said(storage: str) -> None:
+    torch.cuda.synchronize()
+    model = nn.Linear(4096, 4096, bias=False, device="cuda", dtype=torch.bfloat16)
+    before = torch.cuda.memory_allocated()
+    factor = conversion.adopt(model.weight, "weight", PoetxConfig(), storage=storage)
+    without = factor.q.nbytes + factor.row_channels.nbytes + factor.column_channels.nbytes
+    stand_in.pack(factor)
+    assert factor.base is not None
+    grown = torch.cuda.memory_allocated() - before
+    assert abs(grown - (factor.base.nbytes + without - 2 * 4096**2)) < 1 << 20
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    model.weight.detach()
+    assert torch.cuda.max_memory_allocated() - held < 3.5 * 4096**2 + factor.base.nbytes - factor.base.number_bytes
+
+
+def test_a_lean_model_moves_to_the_gpu_and_back() -> None:
+    model = network(torch.bfloat16)
+    compiled = torch.compile(model, backend="poetx", options={"block_size": 64, "storage": "int8"})
+    train(compiled, torch.optim.AdamW(model.parameters(), lr=1e-3), torch.bfloat16, range(3))
+    factor = factor_of(model[0].weight)
+    before = {name: tensor.cpu() for name, tensor in factor.kept.items()}
+    model.cpu()
+    assert all(tensor.device.type == "cpu" and torch.equal(tensor, before[name]) for name, tensor in factor.kept.items())
+    on_cpu = model[0].weight.detach()
+    model.cuda()
+    assert all(tensor.is_cuda and torch.equal(tensor.cpu(), before[name]) for name, tensor in factor.kept.items())
+    assert (model[0].weight.detach().cpu() - on_cpu).abs().max() <= 2**-7 * on_cpu.abs().max()
 
 
 def test_float16_autocast_with_a_scaler() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -85,8 +86,11 @@ def test_every_function_is_pinned_here() -> None:
         "live_inputs",
         "live_optimizers",
         "map_tensors",
+        "notice_changed",
+        "_is_for_us",
         "on_optimizer_state_loaded",
         "own_grad",
+        "own_operations",
         "partition_with_inductor",
         "replace_grad_attribute",
         "run_first_after_step",
@@ -95,6 +99,8 @@ def test_every_function_is_pinned_here() -> None:
         "steps_running",
         "storage_of",
         "tensors_in",
+        "trace_as_parameter",
+        "under_functorch",
         "within_ddp_constructor",
     }
 
@@ -401,6 +407,85 @@ def test_a_replaced_attribute_reaches_every_parameter_and_no_other_tensor() -> N
     assert type(before) is nn.Parameter
     assert before.grad is not None
     assert torch.ones(1, requires_grad=True).grad is None
+
+
+class Doubled(nn.Parameter):
+    """A parameter that every operation sees doubled."""
+
+    @classmethod
+    @torch._dynamo.disable
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        with _torch.own_operations():
+            if func is F.linear:
+                args = (args[0], args[1] * 2, *args[2:])
+            return func(*args, **kwargs or {})
+
+
+@pytest.fixture
+def traceable(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.variables import builder
+
+    monkeypatch.setattr(builder, "infer_subclass_type", builder.infer_subclass_type)
+    _torch.trace_as_parameter(Doubled)
+
+
+@pytest.fixture
+def doubled(traceable: None) -> nn.Linear:
+    layer = nn.Linear(3, 4, bias=False)
+    layer.weight.__class__ = Doubled
+    return layer
+
+
+@pytest.mark.parametrize("wrap", [lambda backend: backend, lambda backend: functools.partial(backend)])
+def test_a_backend_that_takes_stand_ins_gets_them_as_parameters(doubled: nn.Linear, wrap: Callable[[Any], Any]) -> None:
+    seen: list[list[Any]] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        seen.append([*inputs, *(node.target for node in gm.graph.nodes)])
+        return gm.forward
+
+    backend.takes_stand_ins = True  # type: ignore[attr-defined]
+    run = torch.compile(doubled, backend=wrap(backend), fullgraph=True)
+    for _ in range(3):
+        run(torch.ones(2, 3))
+    assert len(seen) == 1
+    assert any(value is doubled.weight for value in seen[0])
+    assert F.linear in seen[0]
+
+
+def test_another_backend_runs_what_the_class_says(doubled: nn.Linear) -> None:
+    x = torch.ones(2, 3)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(doubled, backend="aot_eager")(x), doubled(x))
+
+
+@pytest.mark.usefixtures("traceable")
+def test_a_parameter_that_loses_its_memory_recompiles_once() -> None:
+    seen = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        seen.append(gm)
+        return gm.forward
+
+    backend.takes_stand_ins = True  # type: ignore[attr-defined]
+    layer = nn.Linear(3, 4)
+    run = torch.compile(layer, backend=backend)
+    for step in range(5):
+        run(torch.ones(2, 3))
+        if step == 1:
+            layer.weight.data = torch.zeros(()).expand(4, 3)
+            layer.weight.__class__ = Doubled
+            _torch.notice_changed([layer.weight])
+    assert len(seen) == 2
+    assert isinstance(layer.weight, Doubled)
+
+
+def test_transforms_are_noticed() -> None:
+    seen = []
+    torch.func.vmap(lambda x: seen.append(_torch.under_functorch()) or x)(torch.ones(2))
+    torch.func.grad(lambda x: seen.append(_torch.under_functorch()) or x)(torch.ones(()))
+    seen.append(_torch.under_functorch())
+    assert seen == [True, True, False]
 
 
 def test_gradient_hooks_are_counted_and_forgotten() -> None:

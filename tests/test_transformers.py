@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from poetx_compile.base import BASES
 from poetx_compile.conversion import skip_reason
 from poetx_compile.factor import factors
 from poetx_compile.passes import SkipReason
+from poetx_compile.stand_in import StandIn
 
 VOCABULARY = 96
 DEBUG: dict[str, Any] = {"inner": "aot_eager", "block_size": 32}
@@ -100,6 +103,30 @@ def test_llama_through_inductor() -> None:
     train(compiled, model)
     check_rotated(model, start, UNTIED)
     torch.testing.assert_close(loss_of(compiled), loss_of(model))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("storage", BASES)
+def test_llama_stored_lean(storage: str, checkpointing: bool, tmp_path: Path) -> None:
+    model = llama().bfloat16()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    compiled = torch.compile(model, backend="poetx", options=DEBUG | {"storage": storage})
+    train(compiled, model)
+    lean = {name for name, weight in matrices(model).items() if type(weight) is StandIn}
+    assert lean == set(matrices(model)) - set(UNTIED)
+    tokens = torch.arange(10)[None]
+    model.eval().save_pretrained(tmp_path)
+    fresh = copy.deepcopy(model)
+    assert not any(type(weight) is StandIn for weight in fresh.parameters())
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, fresh(tokens).logits)
+        assert torch.equal(compiled(tokens).logits, fresh(tokens).logits)
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(tokens, **settings), fresh.generate(tokens, **settings))
 
 
 def test_llama_with_tied_embeddings() -> None:

@@ -1,35 +1,48 @@
 """Tensor operations by schema, one implementation a device; this package knows tensors only.
 
-``poetx::block_gram``, ``poetx::cayley_neumann`` and ``poetx::rotate_`` mean what :mod:`.naive` says.
+``poetx::block_gram``, ``poetx::cayley_neumann``, ``poetx::rotate_`` and ``poetx::effective`` mean what :mod:`.naive` says.
 
-The latter two take a ``precision`` of the products on a GPU: ``ieee`` (float32 products), ``tf32x3`` (three products of 11
+The latter three take a ``precision`` of the products on a GPU: ``ieee`` (float32 products), ``tf32x3`` (three products of 11
 bits each, nearly as exact) or ``tf32`` (one). ``cayley_neumann`` with ``tf32`` hands on ``4096 E`` in float16: the 11 bits that
 ``rotate_`` multiplies.
 """
 
 from . import ops
 from .dense import project
-from .linear import LINEAR_VERSION, rotated_linear
+from .effective import Made, effective, lean_weight
+from .group import compose_, orthogonalize_
+from .linear import LINEAR_VERSION, lean_linear, rotated_linear
 from .naive import pack_skew, unpack_skew
 from .precision import unscaled
+from .quantize import GROUP, quantize_
 from .residual import HALF, decode, master_dtype, new_residual
+from .stochastic import round_stochastically_
 
 block_gram = ops.block_gram
 cayley_neumann = ops.cayley_neumann
 rotate_ = ops.rotate_
 
 __all__ = [
+    "GROUP",
     "HALF",
     "LINEAR_VERSION",
+    "Made",
     "block_gram",
     "cayley_neumann",
+    "compose_",
     "decode",
+    "effective",
+    "lean_linear",
+    "lean_weight",
     "master_dtype",
     "new_residual",
+    "orthogonalize_",
     "pack_skew",
     "project",
+    "quantize_",
     "rotate_",
     "rotated_linear",
+    "round_stochastically_",
     "unpack_skew",
     "unscaled",
 ]

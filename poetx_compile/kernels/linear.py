@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .effective import Made
 from .gram import GramSide
 from .ops import block_gram, library
 from .residual import master_dtype
@@ -26,6 +27,14 @@ library.define(
     " int row_width, int column_width, float scale, bool transposed, int version, int row_run=1,"
     " int column_run=1) -> Tensor"
 )
+library.define(
+    "lean_linear(Tensor input, Tensor stored, Tensor? scales, Tensor? rows, Tensor row_channels, Tensor? columns,"
+    " Tensor column_channels, Tensor? bias, Tensor q, ScalarType dtype, str precision, int row_width, int column_width,"
+    " float scale, bool transposed, int version, int row_run=1, int column_run=1) -> Tensor"
+)
+
+Source = Tensor | Made
+"""A weight, or what it is made of: then it is made twice, and not kept between."""
 
 
 class _RotatedLinear(torch.autograd.Function):
@@ -33,7 +42,7 @@ class _RotatedLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        source: Source,
         bias: Tensor | None,
         q: Tensor,
         row_channels: Tensor,
@@ -43,8 +52,9 @@ class _RotatedLinear(torch.autograd.Function):
         scale: float,
         transposed: bool,
     ) -> Tensor:
-        y = _apply(x, weight, bias, transposed)
-        ctx.save_for_backward(x, weight, bias, y, row_channels, column_channels)
+        y = _apply(x, _weight(source, x), bias, transposed)
+        kept, ctx.how = (source[:6], source[6:]) if isinstance(source, Made) else ((source,), None)
+        ctx.save_for_backward(x, bias, y, row_channels, column_channels, *kept)
         ctx.widths, ctx.runs, ctx.scale, ctx.transposed = widths, runs, scale, transposed
         ctx.skew_dtype = q.dtype
         return y
@@ -52,7 +62,8 @@ class _RotatedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, y, row_channels, column_channels = ctx.saved_tensors
+        x, bias, y, row_channels, column_channels, *kept = ctx.saved_tensors
+        weight = _weight(kept[0] if ctx.how is None else Made(*kept, *ctx.how), x, after=g)
         dx = g @ (weight.mT if ctx.transposed else weight)
         x2, dx2 = (tensor.reshape(-1, x.shape[-1]) for tensor in (x, dx))  # [N, inputs]
         y2, g2 = (tensor.reshape(-1, y.shape[-1]) for tensor in (y, g))  # [N, outputs]
@@ -75,6 +86,10 @@ class _RotatedLinear(torch.autograd.Function):
             dq.to(ctx.skew_dtype),
             *(None,) * 6,
         )
+
+
+def _weight(source: Source, like: Tensor, after: Tensor | None = None) -> Tensor:
+    return source.weight(after).to(like.dtype) if isinstance(source, Made) else source
 
 
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -117,27 +132,62 @@ def _linear(
     Returns:
         ``[..., outputs]``, of the dtype that ``F.linear`` gives, autocast included.
     """
-    device = input.device.type
+    settings = (row_width, column_width), (row_run, column_run), scale, transposed
     weight = weight.detach()
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = _autocast_dtype(input)
+    if dtype is not None:
         input, weight = input.to(dtype), weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
-    with torch.autocast(device, enabled=False):
-        return _RotatedLinear.apply(
-            input,
-            weight,
-            bias,
-            q,
-            row_channels,
-            column_channels,
-            (row_width, column_width),
-            (row_run, column_run),
-            scale,
-            transposed,
-        )
+    with torch.autocast(input.device.type, enabled=False):
+        return _RotatedLinear.apply(input, weight, bias, q, row_channels, column_channels, *settings)
+
+
+def _lean_linear(
+    input: Tensor,
+    stored: Tensor,
+    scales: Tensor | None,
+    rows: Tensor | None,
+    row_channels: Tensor,
+    columns: Tensor | None,
+    column_channels: Tensor,
+    bias: Tensor | None,
+    q: Tensor,
+    dtype: torch.dtype,
+    precision: str,
+    row_width: int,
+    column_width: int,
+    scale: float,
+    transposed: bool,
+    version: int,
+    row_run: int = 1,
+    column_run: int = 1,
+) -> Tensor:
+    """As :func:`_linear`, of a weight that is made in the forward pass, and again in the backward pass.
+
+    Args:
+        stored, scales, rows, columns, dtype: as in :func:`.naive.effective`.
+        precision: of the products on a GPU that make the weight.
+    """
+    made = Made(stored, scales, rows, row_channels, columns, column_channels, dtype, column_run, precision)
+    settings = (row_width, column_width), (row_run, column_run), scale, transposed
+    lower = _autocast_dtype(input)
+    if lower is not None:
+        input, bias = input.to(lower), bias if bias is None else bias.to(lower)
+    elif input.dtype != dtype:
+        raise RuntimeError(f"expected input and weight of one dtype, not {input.dtype} and {dtype}")
+    with torch.autocast(input.device.type, enabled=False):
+        return _RotatedLinear.apply(input, made, bias, q, row_channels, column_channels, *settings)
+
+
+def _autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """What autocast turns the operands of a product to; None where it leaves them alone."""
+    device = input.device.type
+    is_lower = torch.is_autocast_enabled(device) and input.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if is_lower else None
 
 
 library.impl("linear", _linear, "CompositeImplicitAutograd")
+library.impl("lean_linear", _lean_linear, "CompositeImplicitAutograd")
 
 rotated_linear = torch.ops.poetx.linear.default
+lean_linear = torch.ops.poetx.lean_linear.default

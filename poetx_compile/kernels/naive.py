@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .precision import full_precision
+from .quantize import dequantize
 from .residual import decode, encode_, master_dtype
 from .stochastic import round_stochastically_
 
@@ -112,7 +113,41 @@ def rotate_(
         seed: of the stochastic rounding of a half-precision weight without residual; None rounds to nearest.
     """
     master = decode(weight, residual)
-    with full_precision(weight.device):
+    _turn_(master, rows, row_channels, columns, column_channels)
+    if seed is None:
+        encode_(weight, residual, master)
+    else:
+        round_stochastically_(weight, master, seed)
+
+
+def effective(
+    stored: Tensor,
+    scales: Tensor | None,
+    rows: Tensor | None,
+    row_channels: Tensor,
+    columns: Tensor | None,
+    column_channels: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``G_rows W₀ G_columns`` as a new tensor.
+
+    Args:
+        stored: ``W₀`` ``[m, n]``, floating; or its int8 codes.
+        scales: of codes, bfloat16 ``[m, ⌈n/128⌉]``, as :mod:`.quantize` says.
+        rows, columns, row_channels, column_channels: as in :func:`rotate_`.
+        dtype: of the result; rotated in float32, or in float64 for float64.
+    """
+    master = master_dtype(dtype)
+    weight = stored.to(master, copy=True) if scales is None else dequantize(stored, scales, master)
+    rows, columns = (None if side is None else side.to(master) for side in (rows, columns))
+    _turn_(weight, rows, row_channels, columns, column_channels)
+    return weight.to(dtype)
+
+
+def _turn_(
+    master: Tensor, rows: Tensor | None, row_channels: Tensor, columns: Tensor | None, column_channels: Tensor
+) -> None:
+    with full_precision(master.device):
         if rows is not None:
             part = master.index_select(0, row_channels).view(*rows.shape[:2], -1)  # [r, b, n]
             master.index_copy_(0, row_channels, torch.baddbmm(part, rows, part).flatten(0, 1))
@@ -120,7 +155,3 @@ def rotate_(
             part = master.index_select(1, column_channels).unflatten(1, columns.shape[:2]).transpose(0, 1)  # [r, m, b]
             turned = torch.baddbmm(part, part, columns).transpose(0, 1).flatten(1)
             master.index_copy_(1, column_channels, turned)
-    if seed is None:
-        encode_(weight, residual, master)
-    else:
-        round_stochastically_(weight, master, seed)

@@ -51,7 +51,7 @@ def _block_gram(
     bias_side: int = 0,
 ) -> Tensor:
     sides = [GramSide(*side) for side in zip(left, right, channels, width, run)]
-    if _fits(left[0], *width):
+    if fits(left[0], *width):
         from . import triton_gram
 
         with torch.cuda.device(left[0].device):
@@ -65,7 +65,7 @@ def _block_gram(
 
 def _cayley_neumann(skew: Tensor, width: int, scale: float, precision: str = "tf32x3") -> Tensor:
     _check(precision)
-    if _fits(skew, width):
+    if fits(skew, width):
         from . import triton_cayley
 
         with torch.cuda.device(skew.device):
@@ -73,7 +73,7 @@ def _cayley_neumann(skew: Tensor, width: int, scale: float, precision: str = "tf
     return naive.cayley_neumann(skew, width, scale)
 
 
-def _rotate_(
+def rotate_in_place(
     weight: Tensor,
     residual: Tensor | None,
     rows: Tensor | None,
@@ -88,7 +88,7 @@ def _rotate_(
     _check(precision)
     stored = [weight] if residual is None else [weight, residual]
     is_whole = weight.dtype not in HALF if residual is None else residual.dtype == torch.int8
-    if _fits(weight, *widths) and is_whole and all(tensor.is_contiguous() for tensor in stored):
+    if fits(weight, *widths) and is_whole and all(tensor.is_contiguous() for tensor in stored):
         from . import triton_rotate
 
         sides = (rows, row_channels, columns, column_channels, run)
@@ -127,7 +127,7 @@ def _check(precision: str) -> None:
         raise ValueError(f"poetx: precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
 
 
-def _fits(tensor: Tensor, *widths: int) -> bool:
+def fits(tensor: Tensor, *widths: int) -> bool:
     """Whether the Triton kernels serve: a GPU, no float64, and blocks that stay in registers."""
     return tensor.is_cuda and _HAS_TRITON and tensor.dtype != torch.float64 and max(widths, default=0) <= WIDEST
 
@@ -173,7 +173,7 @@ def _one_pass(device: torch.device) -> Any:
 for _device in ("CPU", "CUDA"):
     library.impl("block_gram", _block_gram, _device)
     library.impl("cayley_neumann", _cayley_neumann, _device)
-    library.impl("rotate_", _rotate_, _device)
+    library.impl("rotate_", rotate_in_place, _device)
 
 
 @torch.library.register_fake("poetx::block_gram", lib=library)
@@ -192,7 +192,7 @@ def _(
 
 @torch.library.register_fake("poetx::cayley_neumann", lib=library)
 def _(skew: Tensor, width: int, scale: float, precision: str = "tf32x3") -> Tensor:
-    dtype = torch.float16 if precision == "tf32" and _fits(skew, width) else skew.dtype
+    dtype = torch.float16 if precision == "tf32" and fits(skew, width) else skew.dtype
     return skew.new_empty(skew.shape[0] // (width * (width - 1) // 2), width, width, dtype=dtype)
 
 

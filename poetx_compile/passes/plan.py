@@ -11,14 +11,14 @@ from .match import LinearMatch
 
 
 def choose_route(match: LinearMatch, config: PoetxConfig) -> str:
-    """``gram`` where it may and costs fewer flops than ``dense``.
+    """``gram`` where it may and costs fewer flops than ``dense``, or where weights are stored lean.
 
     For ``N`` rows of input through an ``m × n`` weight, beyond what both routes do, Gram matrices of activations take
     ``2N(m·b_m + n·b_n)``; the dense route takes ``2Nmn`` for ``dW`` and ``2mn(b_m + b_n)`` for its projection.
     """
     if not match.uses or config.route == "dense":
         return "dense"
-    if config.route == "gram":
+    if config.route == "gram" or config.storage != "folded":
         return "gram"
     stack = match.stack
     _, m, n = stack.shape

@@ -6,63 +6,87 @@ from torch import Tensor, fx
 
 from .._torch import add_input, checkpointed
 from ..factor import OrthogonalFactor
-from ..kernels import LINEAR_VERSION, rotated_linear
+from ..kernels import LINEAR_VERSION, lean_linear, rotated_linear
 from .match import LinearMatch
 from .normalize import ADDMM, LINEAR
 
-Nodes = list[fx.Node]
+Nodes = dict[str, fx.Node]
 
 
-def rewrite(gm: fx.GraphModule, converted: list[tuple[LinearMatch, OrthogonalFactor]]) -> list[Tensor]:
+def rewrite(gm: fx.GraphModule, converted: list[tuple[LinearMatch, OrthogonalFactor]]) -> Added:
     """Replace every use of the given weights in ``gm`` itself and in its checkpointed regions.
 
     Legal because the op's forward is the product it replaces, bit for bit; only gradients differ.
-
-    Returns:
-        The values of the placeholders that were added, in order: each factor's ``inputs``.
     """
-    extra: list[Tensor] = []
-    regions = _regions(gm)
+    added = Added(gm)
     for match, factor in converted:
-        nodes = {gm.graph: _add_inputs(gm, match, factor)}
-        extra.extend(factor.inputs)
+        inputs = added.of(match.placeholder, factor)
         for use in match.uses:
-            _replace(use, _inputs_in(use.graph, nodes, regions, match, factor), factor)
-    for module in (*(region for _, region in regions.values()), gm):
-        module.graph.lint()
-        module.recompile()
-    return extra
+            _replace(use, inputs.within(use.graph), factor)
+    recompile(gm)
+    return added
 
 
-def _regions(gm: fx.GraphModule) -> dict[fx.Graph, tuple[fx.Node, fx.GraphModule]]:
+class Added:
+    """What a graph takes beside its own inputs.
+
+    Attributes:
+        owners: the placeholders of the weights to which it belongs, in order.
+        tensors: the values: of each owner its factor's ``inputs``.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.owners: list[fx.Node] = []
+        self.tensors: list[Tensor] = []
+        self._gm = gm
+        self._inputs: dict[fx.Node, Inputs] = {}
+
+    def of(self, placeholder: fx.Node, factor: OrthogonalFactor) -> Inputs:
+        """Those of one weight, added if they are not yet."""
+        if placeholder not in self._inputs:
+            self._inputs[placeholder] = Inputs(self._gm, placeholder.name, factor)
+            self.owners.append(placeholder)
+            self.tensors.extend(factor.inputs.values())
+        return self._inputs[placeholder]
+
+
+class Inputs:
+    """The placeholders of one factor's tensors, in a graph and in its checkpointed regions, which get them handed in."""
+
+    def __init__(self, gm: fx.GraphModule, name: str, factor: OrthogonalFactor) -> None:
+        self._name, self._factor = name, factor
+        self._regions = regions(gm)
+        self._nodes = {gm.graph: self._add(gm)}
+
+    def within(self, graph: fx.Graph) -> Nodes:
+        """Those of one graph, by the names of ``factor.inputs``."""
+        if graph not in self._nodes:
+            node, region = self._regions[graph]
+            outside = self.within(node.graph)
+            self._nodes[graph] = self._add(region)
+            node.args = (*node.args, *outside.values())
+        return self._nodes[graph]
+
+    def _add(self, gm: fx.GraphModule) -> Nodes:
+        inputs = self._factor.inputs
+        return {label: add_input(gm, f"poetx_{label}_{self._name}", tensor) for label, tensor in inputs.items()}
+
+
+def regions(gm: fx.GraphModule) -> dict[fx.Graph, tuple[fx.Node, fx.GraphModule]]:
     """The checkpointed regions of a graph, innermost first, each with the node that runs it."""
     found: dict[fx.Graph, tuple[fx.Node, fx.GraphModule]] = {}
     for node in gm.graph.nodes:
         region = checkpointed(node)
         if region is not None:
-            found |= _regions(region) | {region.graph: (node, region)}
+            found |= regions(region) | {region.graph: (node, region)}
     return found
 
 
-def _add_inputs(gm: fx.GraphModule, match: LinearMatch, factor: OrthogonalFactor) -> Nodes:
-    name = match.placeholder.name
-    return [add_input(gm, f"poetx_{label}_{name}", tensor) for label, tensor in zip(("q", "rows", "columns"), factor.inputs)]
-
-
-def _inputs_in(
-    graph: fx.Graph,
-    nodes: dict[fx.Graph, Nodes],
-    regions: dict[fx.Graph, tuple[fx.Node, fx.GraphModule]],
-    match: LinearMatch,
-    factor: OrthogonalFactor,
-) -> Nodes:
-    """A factor's placeholders in one graph; those of a region are handed in from the graph around it."""
-    if graph not in nodes:
-        node, region = regions[graph]
-        outside = _inputs_in(node.graph, nodes, regions, match, factor)
-        nodes[graph] = _add_inputs(region, match, factor)
-        node.args = (*node.args, *outside)
-    return nodes[graph]
+def recompile(gm: fx.GraphModule) -> None:
+    """Check and compile an edited graph, and its checkpointed regions."""
+    for module in (*(region for _, region in regions(gm).values()), gm):
+        module.graph.lint()
+        module.recompile()
 
 
 def _replace(use: fx.Node, nodes: Nodes, factor: OrthogonalFactor) -> None:
@@ -74,8 +98,22 @@ def _replace(use: fx.Node, nodes: Nodes, factor: OrthogonalFactor) -> None:
     widths = (factor.rows.width, factor.columns.width)
     settings = (*widths, factor.config.scale, use.target is not LINEAR, LINEAR_VERSION)
     runs = (factor.rows.run, factor.columns.run)
+    if factor.base is None:
+        target, operands = (
+            rotated_linear,
+            (x, weight, bias, *(nodes[label] for label in ("q", "row_channels", "column_channels"))),
+        )
+    else:
+        dtype, precision = factor.made()[6::2]
+        target, operands = lean_linear, (x, *stored(nodes), bias, nodes["q"], dtype, precision)
     with use.graph.inserting_before(use):
-        new = use.graph.call_function(rotated_linear, (x, weight, bias, *nodes, *settings, *runs))
+        new = use.graph.call_function(target, (*operands, *settings, *runs))
     new.meta = dict(use.meta)
     use.replace_all_uses_with(new)
     use.graph.erase_node(use)
+
+
+def stored(nodes: Nodes) -> tuple[fx.Node | None, ...]:
+    """What an effective weight is made of, in the order of :class:`.effective.Made`."""
+    names = ("stored", "scales", "turned_rows", "row_channels", "turned_columns", "column_channels")
+    return tuple(nodes.get(name) for name in names)

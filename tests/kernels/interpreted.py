@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from poetx_compile.kernels import dense, naive, triton_cayley, triton_gram, triton_rotate, tuning
+from poetx_compile.kernels import dense, naive, triton_cayley, triton_gram, triton_rotate, triton_unpack, tuning
 from poetx_compile.kernels.gram import GramSide
 from poetx_compile.kernels.precision import PRECISIONS
-from poetx_compile.kernels.residual import decode
+from poetx_compile.kernels.quantize import GROUP, dequantize, quantize_
+from poetx_compile.kernels.residual import decode, encode_
 from poetx_compile.kernels.tuning import GramTiles, RotateTiles
 from poetx_compile.layout import BlockLayout, StackLayout
 
@@ -160,3 +161,21 @@ def test_rotate_keeps_zeros_and_spoils_no_more_than_it_must(dtype: torch.dtype, 
     assert abs(after[:, 20].norm() - length) < 3e-5
     others = [column for column in range(48) if column not in (5, 20)]
     assert not after[:, others].any()
+
+
+@given(
+    m=st.integers(1, 5),
+    n=st.sampled_from((1, 33, 127, 128, 129, 1300)),
+    dtype=st.sampled_from((torch.bfloat16, torch.float16)),
+)
+def test_unpack(m: int, n: int, dtype: torch.dtype) -> None:
+    matrix = torch.randn(m, n)
+    matrix[0] = 0
+    codes, scales = torch.empty(m, n, dtype=torch.int8), torch.empty(m, -(-n // GROUP), dtype=torch.bfloat16)
+    quantize_(codes, scales, matrix)
+    weight, residual = torch.full((m, n), torch.nan, dtype=dtype), torch.full((m, n), 99, dtype=torch.int8)
+    triton_unpack.unpack_(weight, residual, codes, scales)
+    wanted = torch.empty_like(weight), torch.empty_like(residual)
+    encode_(*wanted, dequantize(codes, scales, torch.float32))
+    assert torch.equal(weight, wanted[0])
+    assert torch.equal(residual, wanted[1])

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from poetx_compile.kernels import gluon_rotate, triton_cayley, triton_gram, triton_rotate, triton_series
+from poetx_compile.kernels import gluon_rotate, triton_cayley, triton_gram, triton_rotate, triton_series, triton_unpack
 from poetx_compile.kernels.precision import PRECISIONS
 from poetx_compile.kernels.tuning import TABLES, GramTiles, RotateTiles
 
@@ -34,6 +34,7 @@ TYPES = SINGLE | {
     **{f"{name}_stride_{side}": "i32" for side in (0, 1) for name in ("left", "right")},
     **{name: "*fp32" for name in ("partial", "packed", "bias_grad", "skew", "scratch", "norms")},
     **{name: "*fp16" for name in ("rotation", "omega", "square", "lead", "series")},
+    **{"codes": "*i8", "scales": "*bf16", "n": "i32", "groups": "i32"},
     **{"weight": "*bf16", "residual": "*i8", "bias": "*bf16", "channels": "*i64"},
     **{"scale": "fp32", "size": "i32", "stride": "i32", "channel_stride": "i32"},
 }
@@ -49,6 +50,7 @@ FIXED: dict[str, tuple[Any, dict[str, Any], int, int]] = {
     "square": (triton_series._square_kernel, SERIES, 4, 3),
     "series": (triton_series._series_kernel, SERIES | {"C1": 0.9, "C2": 0.8}, 4, 3),
     "turn": (triton_series._turn_kernel, SERIES | {"C0": 1.0}, 4, 3),
+    "codes": (triton_unpack._unpack_kernel, {"GROUP": 128, "COLUMNS": 1024, "KIND": 1}, 4, 2),
     "far": (triton_cayley._far_kernel, FAR | {"WIDTH": 256, "TILES": 2, "NORM_TILE": 128}, 8, 2),
 }
 

@@ -22,7 +22,7 @@ def rewritten(captured: Captured) -> tuple[Captured, dict[str, OrthogonalFactor]
     matches, _ = captured.normalized().matched()
     gram = [found for found in matches.values() if found.uses]
     made = {found.name: OrthogonalFactor(found.weight, found.name, CONFIG) for found in gram}
-    extra = rewrite(captured.gm, [(found, made[found.name]) for found in gram])
+    extra = rewrite(captured.gm, [(found, made[found.name]) for found in gram]).tensors
     return captured, made, extra
 
 
@@ -71,7 +71,7 @@ def test_inputs_are_appended_weight_by_weight() -> None:
     placeholders = [node for node in captured.gm.graph.nodes if node.op == "placeholder"]
     assert placeholders[: len(before)] == before
     assert len(placeholders) == len(before) + len(extra)
-    expected = [tensor for factor in made.values() for tensor in factor.inputs]
+    expected = [tensor for factor in made.values() for tensor in factor.inputs.values()]
     assert all(given is wanted for given, wanted in zip(extra, expected, strict=True))
     assert [node.meta["example_value"].shape for node in placeholders[len(before) :]] == [tensor.shape for tensor in extra]
 

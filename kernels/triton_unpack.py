@@ -1,0 +1,1 @@
+../poetx_compile/kernels/triton_unpack.py
