@@ -60,7 +60,7 @@ def poetx(source: Source, m: int, n: int, x: Tensor, g: Tensor, block: int) -> W
     factor = OrthogonalFactor(weight, "layer", PoetxConfig(block_size=block))
     settings = (factor.rows.width, factor.columns.width, factor.config.scale, False, LINEAR_VERSION)
     runs = (factor.rows.run, factor.columns.run)
-    return training(lambda x: rotated_linear(x, weight, None, *factor.inputs, *settings, *runs), x, g, factor.q)
+    return training(lambda x: rotated_linear(x, weight, None, *factor.inputs.values(), *settings, *runs), x, g, factor.q)
 
 
 def weights_at_once(m: int, n: int) -> int:

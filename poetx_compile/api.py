@@ -51,8 +51,7 @@ def prepare(
     with _undisturbed(plain), torch.enable_grad():
         torch.compile(plain, backend=convert_only)(*example_inputs, **example_kwargs)
     converted = factors.of_module(plain)
-    for factor in converted:
-        stand_in.pack(factor)
+    stand_in.pack(converted)
     if not converted:
         raise PoetxError("poetx: no linear layer of this model can be converted; poetx_compile.report(model) says why")
     if optimizer is not None:

@@ -189,13 +189,13 @@ class Runtime:
                 how = slot.matrices, slot.outputs, slot.storage
                 factor = conversion.adopt_late(weight, slot.name, self._config, *how)
                 late = True
-            if not factor.is_packed:
-                stand_in.pack(factor)
-                late = True
+            found.append((slot, factor))
+        unpacked = [factor for _, factor in found if not factor.is_packed]
+        stand_in.pack(unpacked)
+        for _, factor in found:
             factor.follow_weight()
             optimizer.check_clean(factor)
-            found.append((slot, factor))
-        if late:
+        if late or unpacked:
             optimizer.join_running_step()
             optimizer.settle()
         return found

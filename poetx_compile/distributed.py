@@ -154,7 +154,17 @@ def _send(factor: OrthogonalFactor, group: Group) -> None:
     for tensor in _parts(factor):
         distributed.broadcast(tensor, group=group, group_src=0)
     if factor.base is not None:
-        factor.base.load(factor.base.tensors)
+        factor.base.is_turned = True
+        factor.origin = _sent(factor.origin, factor.q.device, group)
+
+
+def _sent(number: Tensor | None, device: torch.device, group: Group) -> Tensor | None:
+    """An int64 of the group's first rank, or its None."""
+    told = torch.zeros(2, dtype=torch.int64, device=device)
+    if number is not None:
+        told[0], told[1] = 1, number
+    distributed.broadcast(told, group=group, group_src=0)
+    return told[1] if int(told[0]) else None
 
 
 def _parts(factor: OrthogonalFactor) -> list[Tensor]:

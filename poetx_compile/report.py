@@ -186,7 +186,11 @@ def _rounding(factor: OrthogonalFactor) -> str:
     if factor.storage != "folded":
         return f", {factor.storage}"
     if asked != "folded":
-        why = "used in other ways than as a product" if factor.weight.dtype in HALF else "not in half precision"
+        why = (
+            "not a contiguous matrix that serves as a product's weight alone"
+            if factor.weight.dtype in HALF
+            else "not in half precision"
+        )
         return f", folded: {why}"
     if bits == 8 or factor.weight.dtype not in HALF:
         return ""

@@ -7,7 +7,7 @@ it writes the weight. Compiled graphs do not ask it: they take what it is made o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -36,11 +36,15 @@ _VALUES = {"data", "T", "mT", "H", "mH", "real", "imag"}
 
 _MOVES = {"to", "cpu", "cuda", "half", "float", "double", "bfloat16"}
 _moved: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Effective weights that were made on the way to another device or dtype, each with its parameter and its version then."""
+"""Effective weights that were made on the way to another device or dtype, each with its parameter and the versions of both."""
 
 
 class StandIn(nn.Parameter):
     """A parameter whose class was changed while its weight is stored lean; see :func:`pack`."""
+
+    def __new__(cls, *data: Any, **settings: Any) -> Any:
+        """What ``type(parameter)(...)`` makes of new values is an ordinary parameter."""
+        return nn.Parameter(*data, **settings)
 
     @classmethod
     @torch._dynamo.disable
@@ -58,8 +62,8 @@ class StandIn(nn.Parameter):
         if name == "data":
             return _read_data(args[0]) if kind == "__get__" else _write_data(*args)
         product = _PRODUCTS.get(func)
-        if product is not None and not kwargs:
-            result = product(*args)
+        if product is not None and kwargs.keys() <= {"weight", "bias"}:
+            result = product(*args, **kwargs)
             if result is not None:
                 return result
         return _call(func, name, args, kwargs)
@@ -87,11 +91,13 @@ class _Data(Tensor):
         return data
 
     @classmethod
+    @torch._dynamo.disable
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        args, kwargs = map_tensors(_dense, (args, kwargs or {}))
         given = [(tensor, _raw_version(tensor)) for tensor in tensors_in((args, kwargs)) if isinstance(tensor, _Data)]
-        result = _raw(func, *args, **kwargs or {})
+        result = _raw(func, *args, **kwargs)
         for data, version in given:
             if _raw_version(data) != version:
                 write(data._of, data._whole)
@@ -116,17 +122,22 @@ def _views(result: Any, wholes: list[tuple[nn.Parameter, Tensor]]) -> Any:
     return map_tensors(wrapped, result)
 
 
-def pack(factor: OrthogonalFactor) -> None:
-    """Store a factor's weight as its ``storage`` says, if that is not done; the parameter becomes a :class:`StandIn`.
+def pack(converted: Iterable[OrthogonalFactor]) -> None:
+    """Store weights as the ``storage`` of their factors says, where that is not done; parameters become :class:`StandIn`.
 
     Raises:
-        PoetxError: the weight cannot be stored so; it stays as it was.
+        PoetxError: a weight cannot be stored so; all stay as they were.
     """
-    if factor.is_packed:
-        return
+    waiting = [factor for factor in converted if not factor.is_packed]
+    for factor in waiting:
+        check_range(factor.weight.data, factor.name, factor.storage)
+    for factor in waiting:
+        _pack(factor)
+
+
+def _pack(factor: OrthogonalFactor) -> None:
     weight = factor.weight
     before = weight.data
-    check_range(before, factor.name, factor.storage)
     base = BASES[factor.storage](before, factor.stack)
     base.write(before)
     factor.origin = fingerprint(before)
@@ -147,6 +158,10 @@ def unpack(factor: OrthogonalFactor) -> None:
 
 def is_stand_in(value: object) -> bool:
     return isinstance(value, StandIn)
+
+
+def _dense(tensor: Any) -> Tensor:
+    return values(tensor) if is_stand_in(tensor) else tensor
 
 
 def values(weight: nn.Parameter) -> Tensor:
@@ -210,9 +225,13 @@ def _linear(x: Any, weight: Any, bias: Any = None, transposed: bool = False) -> 
     return lean_linear(*operands, *widths, factor.config.scale, transposed, LINEAR_VERSION, *runs)
 
 
+def _matmul(x: Any, weight: Any) -> Tensor | None:
+    return _linear(x, weight, transposed=True)
+
+
 _PRODUCTS: dict[Any, Function] = {
     torch.nn.functional.linear: _linear,
-    torch.matmul: lambda x, weight: _linear(x, weight, transposed=True),
+    **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm), _matmul),
     torch.addmm: lambda bias, x, weight: _linear(x, weight, bias, transposed=True) if bias.ndim == 1 else None,
 }
 
@@ -239,7 +258,8 @@ def _call(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, An
                 raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
             write(weight, effective)
     if name in _MOVES and isinstance(result, Tensor):
-        _moved[result] = weakref.ref(next(iter(made.values()))[0]), result._version
+        moved = next(iter(made.values()))[0]
+        _moved[result] = weakref.ref(moved), _raw_version(moved), result._version
     if written:
         return map_tensors(lambda tensor: written.get(id(tensor), tensor), result)
     is_copy = name == "detach" or name in _MOVES or under_functorch()
@@ -253,16 +273,19 @@ def _read_data(weight: nn.Parameter) -> Tensor:
 
 def _write_data(weight: nn.Parameter, dense: Tensor) -> None:
     """``weight.data = dense``: new values, or, as ``model.to(...)`` does it, the same ones elsewhere or in another dtype."""
-    moved, version = _moved.get(dense, (None, 0))
+    moved, then, version = _moved.get(dense, (None, 0, 0))
     if dense.shape != weight.shape:
         raise PoetxError(
             f"poetx: '{_factor(weight).name}' is stored lean and cannot take another shape; call poetx_compile.restore(model) first"
         )
-    is_moved = moved is not None and moved() is weight and dense._version == version
+    is_moved = moved is not None and moved() is weight and (_raw_version(weight), dense._version) == (then, version)
+    if not is_moved:
+        dense = _raw(Tensor.as_subclass, _dense(dense), Tensor)
+        check_range(dense, _factor(weight).name, _factor(weight).storage)
     _hide(weight, dense.device, dense.dtype)
     _factor(weight).follow_weight()
     if not is_moved:
-        write(weight, _raw(Tensor.as_subclass, dense, Tensor))
+        write(weight, dense)
 
 
 def _name(func: Any) -> tuple[str, str]:

@@ -171,7 +171,7 @@ def test_a_lean_weight_takes_the_memory_that_is_said(storage: str) -> None:
     before = torch.cuda.memory_allocated()
     factor = conversion.adopt(model.weight, "weight", PoetxConfig(), storage=storage)
     without = factor.q.nbytes + factor.row_channels.nbytes + factor.column_channels.nbytes
-    stand_in.pack(factor)
+    stand_in.pack([factor])
     assert factor.base is not None
     grown = torch.cuda.memory_allocated() - before
     assert abs(grown - (factor.base.nbytes + without - 2 * 4096**2)) < 1 << 20

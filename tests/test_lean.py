@@ -32,7 +32,7 @@ def lean_network(storage: str, dtype: torch.dtype = torch.float64, **options: An
     config = PoetxConfig(**OPTIONS | {"storage": storage} | options)
     for name in ("0", "2"):
         factor = conversion.adopt(model[int(name)].weight, f"{name}.weight", config, storage=storage)
-        stand_in.pack(factor)
+        stand_in.pack([factor])
     return model
 
 

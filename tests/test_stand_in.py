@@ -32,7 +32,7 @@ def packed(
     layer = nn.Linear(50, 32, bias=bias, dtype=dtype)
     factor = conversion.adopt(layer.weight, "weight", CONFIG, storage=storage)
     factor.is_covered = True  # no optimizer steps it in these tests, and that is meant
-    stand_in.pack(factor)
+    stand_in.pack([factor])
     for step in range(2):
         turn(factor, step)
     return layer, factor
@@ -61,7 +61,7 @@ def test_it_is_the_same_parameter_without_memory(layer: nn.Linear) -> None:
     ordinary = nn.Linear(50, 32, dtype=torch.bfloat16)
     held = weakref.ref(ordinary.weight)
     group = [ordinary.weight]
-    stand_in.pack(conversion.adopt(ordinary.weight, "weight", CONFIG, storage="int8"))
+    stand_in.pack([conversion.adopt(ordinary.weight, "weight", CONFIG, storage="int8")])
     assert held() is ordinary.weight is group[0]
     assert isinstance(ordinary.weight, nn.Parameter)
     assert type(ordinary.weight) is StandIn
@@ -77,7 +77,7 @@ def test_packing_moves_no_number_by_more_than_storage_rounds(storage: str) -> No
     weight = nn.Parameter(normal(32, 300, seed=0, dtype=torch.bfloat16))
     before = weight.detach().clone()
     factor = conversion.adopt(weight, "weight", CONFIG, storage=storage)
-    stand_in.pack(factor)
+    stand_in.pack([factor])
     exact = factor.made(torch.float32).weight()
     assert (exact - before).abs().max().item() <= (before.abs().max().item() / 127 * 0.51 if storage == "int8" else 0)
     assert storage != "int8" or (weight != before).any()
@@ -90,7 +90,7 @@ def test_a_weight_that_int8_cannot_keep_stays_as_it_was() -> None:
             weight[3, 4] = bad
         factor = conversion.adopt(weight, "fc.weight", CONFIG, storage="int8")
         with pytest.raises(PoetxError, match=r"'fc.weight' holds NaN, infinite or very large numbers"):
-            stand_in.pack(factor)
+            stand_in.pack([factor])
         assert type(weight) is nn.Parameter
         assert weight[0].isfinite().all()
 
@@ -394,3 +394,72 @@ def test_restoring_gives_the_weight_back(layer: nn.Linear) -> None:
     with torch.no_grad():
         weight.mul_(2)
     assert torch.equal(weight, before * 2)
+
+
+# --- Two of them, and copies from before -----------------------------------------------------------------------------
+
+
+@of_storages
+def test_data_takes_the_values_of_another(storage: str) -> None:
+    (one, _), (other, factor) = packed(storage), packed(storage)
+    turn(factor, 7)
+    expected = dense(other)
+    assert not (one.weight.data - other.weight).isnan().any()
+    one.weight.data.copy_(other.weight)
+    torch.testing.assert_close(dense(one), expected, rtol=0, atol=float(expected.abs().max()) / 127)
+    one.weight.data.zero_()
+    one.weight.data = other.weight
+    torch.testing.assert_close(dense(one), expected, rtol=0, atol=float(expected.abs().max()) / 127)
+
+
+def test_a_copy_from_before_a_step_is_no_move() -> None:
+    layer, factor = packed("bf16-lean")
+    with torch.no_grad():
+        saved = layer.weight.cpu()
+    expected = saved.clone()
+    turn(factor, 7)
+    layer.weight.data = saved
+    assert torch.equal(dense(layer), expected)
+
+
+def test_its_class_makes_ordinary_parameters(layer: nn.Linear) -> None:
+    made = type(layer.weight)(torch.ones(3), requires_grad=False)
+    assert type(made) is nn.Parameter
+    assert not made.requires_grad
+
+
+def test_a_compiled_function_reads_its_data(layer: nn.Linear) -> None:
+    average = torch.zeros(32, 50, dtype=torch.bfloat16)
+    torch.compile(lambda kept, value: kept.lerp_(value, 0.5), backend="eager")(average, layer.weight.data)
+    assert torch.equal(average, torch.zeros_like(average).lerp(dense(layer), 0.5))
+
+
+def test_all_are_looked_at_before_the_first_is_packed() -> None:
+    fit, unfit = (nn.Parameter(normal(32, 50, seed=0, dtype=torch.bfloat16)) for _ in range(2))
+    with torch.no_grad():
+        unfit[0, 0] = float("nan")
+    converted = [conversion.adopt(weight, "weight", CONFIG, storage="int8") for weight in (fit, unfit)]
+    with pytest.raises(PoetxError, match="holds NaN"):
+        stand_in.pack(converted)
+    assert type(fit) is nn.Parameter
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, layer: F.linear(x, weight=layer.weight),
+        lambda x, layer: F.linear(x, layer.weight, bias=layer.bias),
+        lambda x, layer: x[:, :32] @ layer.weight,
+        lambda x, layer: torch.mm(x[:, :32], layer.weight),
+        lambda x, layer: x[:, :32].mm(layer.weight),
+        lambda x, layer: x[:, :32].matmul(layer.weight),
+    ],
+)
+def test_an_eager_product_keeps_no_weight(layer: nn.Linear, product: Callable[[Tensor, nn.Linear], Tensor]) -> None:
+    kept: list[Tensor] = []
+    x = normal(4, 50, seed=1, dtype=torch.bfloat16)
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
+        product(x, layer)
+    stored = factors.of_weight(layer.weight).base.stored
+    weights = [saved for saved in kept if saved.shape == layer.weight.shape]
+    assert all(saved.data_ptr() == stored.data_ptr() for saved in weights)
