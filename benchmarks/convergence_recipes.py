@@ -15,7 +15,8 @@ from official import RefusalError, import_official
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from poetx_compile import PoetxConfig
+from poetx_compile import PoetxConfig, PoetxError
+from poetx_compile.config import split_options
 from poetx_compile.optim import SkewMuon
 
 SIZES = {
@@ -40,12 +41,13 @@ COMMON: Mapping[str, Any] = {
     "warmup": 100,
     "floor": 0.1,
     "clip": 1.0,
-    "beta2": 0.999,
-    "weight_decay": 0.01,
 }
 """Settings that every method takes. ``std`` is that of the initial weights, 0 for ``hidden ** -0.5``, and
 ``gain`` multiplies those of the layers' matrices; ``floor`` is the last
-learning rate over the highest; ``beta2`` and ``weight_decay`` are AdamW's, for whatever it trains."""
+learning rate over the highest."""
+
+ADAMW: Mapping[str, Any] = {"beta2": 0.999, "weight_decay": 0.01}
+"""Settings of methods of which AdamW is a part, for whatever it trains."""
 
 
 @dataclass
@@ -97,6 +99,10 @@ class Recipe:
         }
         told = [(option, value) for option, value in exact.items() if option == "lr" or defaults.get(option) != value]
         recipe = cls(name, tuple(sorted(told)))
+        try:
+            split_options(recipe.others, mode=None)
+        except PoetxError as error:
+            raise ValueError(f"{text!r}: {error}") from error
         if recipe["dtype"] not in DTYPES:
             raise ValueError(f"{text!r}: dtype is one of {', '.join(DTYPES)}, not {recipe['dtype']!r}")
         if not recipe["lr"] > 0:
@@ -263,12 +269,12 @@ def _value(text: str) -> Any:
 
 
 METHODS = {
-    "poetx": Method(poetx, 2e-3, {}, takes_any=True),
+    "poetx": Method(poetx, 2e-3, ADAMW, takes_any=True),
     "poetx-muon": Method(
-        poetx_muon, 2e-3, {"momentum": 0.95, "nesterov": True, "adjust": "match_rms_adamw"}, takes_any=True
+        poetx_muon, 2e-3, {**ADAMW, "momentum": 0.95, "nesterov": True, "adjust": "match_rms_adamw"}, takes_any=True
     ),
-    "adamw": Method(adamw, 1e-3, {}),
-    "muon": Method(muon, 1e-3, {"ratio": 1.0, "momentum": 0.95, "matrix_decay": 0.1, "adjust": "match_rms_adamw"}),
+    "adamw": Method(adamw, 1e-3, ADAMW),
+    "muon": Method(muon, 1e-3, {**ADAMW, "ratio": 1.0, "momentum": 0.95, "matrix_decay": 0.1, "adjust": "match_rms_adamw"}),
     "sgd": Method(sgd, 0.1, {"momentum": 0.9, "nesterov": True}),
     "official": Method(official, 1e-3, {"block_size": 256, "merge_interval": 200, "ratio": 0.5}),
 }

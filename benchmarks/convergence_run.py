@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -111,11 +112,11 @@ class Run:
             train_loss = float(torch.stack(losses).mean())
             span = time.perf_counter() - started
             self.seconds += span
-            end = (
-                "finished" if is_last else "" if train_loss == train_loss and abs(train_loss) != float("inf") else "diverged"
-            )
+            end = "diverged" if not math.isfinite(train_loss) else "finished" if is_last else ""
             measured = is_milestone and end != "diverged"
             val_loss, by_kind = self.validate() if measured else (None, {})
+            if val_loss is not None and not math.isfinite(val_loss):
+                end, val_loss, by_kind = "diverged", None, {}
             seen = self.step * key.batch * key.seq
             row = Row(
                 step=self.step,

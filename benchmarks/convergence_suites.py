@@ -37,7 +37,7 @@ SUITES = {
             *over("poetx", "lr", 2e-3, 4e-3, 1e-3, 8e-3),
             *over("muon:dtype=autocast", "lr", 2e-3, 4e-3, 1e-3, 8e-3),
             *over("adamw", "lr", 2e-3, 1e-3, 4e-3),
-            *over("sgd:dtype=autocast:weight_decay=0", "lr", 0.1, 0.3, 1.0),
+            *over("sgd:dtype=autocast", "lr", 0.1, 0.3, 1.0),
         ),
     ),
     "muon": Suite(
@@ -56,6 +56,7 @@ SUITES = {
             "adamw:dtype=autocast:lr=2e-3:std=0.02",
             "adamw:dtype=autocast:lr=2e-3:beta2=0.95",
             "adamw:dtype=autocast:lr=2e-3:weight_decay=0.1",
+            *over("adamw:dtype=autocast:std=0.02:beta2=0.95:weight_decay=0.1", "lr", 2e-3, 1e-3, 4e-3),
             "muon:dtype=autocast:lr=2e-3:std=0.02",
         ),
     ),

@@ -26,7 +26,8 @@ def draw(path: Path) -> list[Path]:
     """Draw what the CSV holds, one picture beside it for each size, horizon and seed; gives their paths."""
     points: dict[Key, dict[str, Family]] = defaultdict(lambda: defaultdict(list))
     for key, lines in by_run(read_csv(path)).items():
-        if losses := _losses(lines):
+        if lines[-1].row.end == "finished":
+            losses = _losses(lines)
             recipe = Recipe.parse(key.recipe)
             points[replace(key, recipe="")][recipe.family].append((recipe["lr"], losses))
     return [_picture(path, point, families) for point, families in sorted(points.items())]

@@ -18,6 +18,7 @@ from .kernels import pack_skew, unpack_skew
 
 ADJUSTMENTS = ("match_rms_adamw", "original")
 _MOST_STEPS = 99
+_LEAST_NORM = 1e-7
 
 
 class SkewMuon(AdamW):
@@ -85,6 +86,7 @@ class SkewMuon(AdamW):
         _check({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
+    @torch._dynamo.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
@@ -170,7 +172,8 @@ def orthogonalize_skew(
     """Bring the singular values of skew matrices towards 1, and keep their singular vectors.
 
     Each step is ``X ← aX + (bS + cS²)X`` with ``S = XXᵀ``, from ``X`` over a bound of its spectral norm: singular values of a skew
-    matrix come in pairs, so its Frobenius norm over √2 is one. A matrix of zeros stays zero.
+    matrix come in pairs, so its Frobenius norm over √2 is one. Matrices of smaller norms than 1e-7 are taken as they are, as
+    ``torch.optim.Muon`` does, and so fade to zero.
 
     Args:
         blocks: ``[r, b, b]``, skew.
@@ -182,7 +185,7 @@ def orthogonalize_skew(
     a, b, c = coefficients
     dtype = torch.bfloat16 if blocks.is_cuda and blocks.dtype != torch.float64 else blocks.dtype
     bound = torch.linalg.matrix_norm(blocks, keepdim=True) / math.sqrt(2)
-    x = (blocks / bound.clamp(min=torch.finfo(blocks.dtype).tiny)).to(dtype)
+    x = (blocks / bound.clamp(min=_LEAST_NORM)).to(dtype)
     for _ in range(steps):
         square = x @ x.mT
         turned = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
@@ -211,5 +214,7 @@ def _check(group: dict[str, Any]) -> None:
     for name, (is_right, wanted) in wrong.items():
         if not is_right:
             raise PoetxError(f"poetx: SkewMuon's {name} must be {wanted}, not {group[name]!r}")
+    if group.get("maximize"):
+        raise PoetxError("poetx: SkewMuon does not take maximize=True; minimise the negative loss")
     if group["nesterov"] and not group["momentum"]:
         raise PoetxError("poetx: SkewMuon's nesterov=True needs momentum above 0")

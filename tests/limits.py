@@ -20,6 +20,7 @@ class Limit:
     Attributes:
         sentence: what the report says.
         whole: whether ``torch.compile`` compiles the model, rather than ``model.compile()``.
+        before: the Python from which on it is rotated.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Limit:
     sentence: str
     shape: tuple[int, ...] = (5, 32)
     whole: bool = True
+    before: tuple[int, int] = (4, 0)
 
     def __str__(self) -> str:
         return self.name
@@ -124,10 +126,11 @@ LIMITS = [
     ),
     Limit("a weight that starts at zero", _zeros, "weight", SkipReason.ZERO.value),
     Limit(
-        "nn.Sequential(...).compile()",
+        "nn.Sequential(...).compile(), before Python 3.13",
         lambda: nn.Sequential(nn.Linear(32, 48)),
         "0.weight",
         NOT_COMPILED,
         whole=False,
+        before=(3, 13),
     ),
 ]

@@ -347,3 +347,16 @@ class TestRefusals:
         options = {"block_size": 16, "chunk": 4}
         prepare(model, torch.randn(8, 22, dtype=torch.float64), optimizer=SkewMuon(model.parameters()), options=options)
         factor_of(model[0].weight)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-23, 1e-15, 1e-3, 1e15])
+def test_blocks_of_any_size_stay_finite(size: float) -> None:
+    upper = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0)).triu(1)
+    turned = orthogonalize_skew((upper - upper.mT) * size)
+    assert turned.isfinite().all()
+    torch.testing.assert_close(turned, -turned.mT, rtol=0, atol=0)
+
+
+def test_what_would_rise_is_refused() -> None:
+    with pytest.raises(PoetxError, match="does not take maximize=True"):
+        SkewMuon([{"params": [nn.Parameter(torch.ones(2))], "maximize": True}])

@@ -25,6 +25,7 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from poetx_compile import PoetxError
+from poetx_compile.optim import SkewMuon
 
 exact = partial(torch.testing.assert_close, rtol=0, atol=0)
 close = partial(torch.testing.assert_close, rtol=0, atol=1e-10)
@@ -283,8 +284,8 @@ class TestHowScriptsUseThem:
         done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
-    def test_a_compiled_step(self) -> None:
-        make = OPTIMIZERS["SGD, momentum"]
+    @pytest.mark.parametrize("make", [OPTIMIZERS["SGD, momentum"], lambda parameters: SkewMuon(parameters, 1e-2)])
+    def test_a_compiled_step(self, make: Callable[..., optim.Optimizer]) -> None:
         model = network()
         compiled = rotating(model)
         optimizer = make(model.parameters())

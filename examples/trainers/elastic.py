@@ -42,7 +42,7 @@ def train(out: Path, resume: Path | None = None) -> nn.Module:
         done = content["step"]
     poetx_compile.prepare(model, **batch_of(0, device), options=toy.OPTIONS)
     model.compile(backend="poetx", options=toy.OPTIONS)
-    wrapped = DistributedDataParallel(model)
+    wrapped, loss = DistributedDataParallel(model), None
 
     while done < toy.STEPS:
         torch.manual_seed(done * distributed.get_world_size() + distributed.get_rank())  # dropout, the same in every life

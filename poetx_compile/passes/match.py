@@ -6,7 +6,7 @@ import enum
 import fnmatch
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class LinearMatch:
 
     placeholder: fx.Node
     index: int
-    weight: nn.Parameter
+    weight: nn.Parameter = field(compare=False)  # tensors compare number by number
     name: str
     stack: StackLayout
     uses: tuple[fx.Node, ...]

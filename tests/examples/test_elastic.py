@@ -44,6 +44,8 @@ def test_ranks_restarted_after_a_death_end_with_the_same_bits(tmp_path: Path) ->
         exact(end["model"], ends[whole][0]["model"])
     saved = [torch.load(out / "checkpoint.pt", weights_only=True) for out in (whole, died)]
     exact(saved[1], saved[0])
+    again = launch(whole, NEVER, restarts=0)  # as after a death between the last checkpoint and the end
+    assert again.returncode == 0, again.stderr
 
 
 def test_without_a_restart_a_death_ends_the_run(tmp_path: Path) -> None:
