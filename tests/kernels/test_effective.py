@@ -122,7 +122,7 @@ def lean(factor: OwningFactor, storage: str) -> OwningFactor:
 
     registry.add(factor)
     factor.storage = storage
-    stand_in.pack(factor)
+    stand_in.pack([factor])
     with torch.no_grad():
         factor.q.copy_(normal(factor.q.numel(), seed=9) * 0.3)
     factor.retract()

@@ -48,7 +48,7 @@ def packed(use: Callable[[Any, Tensor], Tensor]) -> Uses:
     model = Uses(use)
     factor = conversion.adopt(model.weight, "weight", CONFIG, storage="int8")
     factor.is_covered = True
-    stand_in.pack(factor)
+    stand_in.pack([factor])
     with torch.no_grad():
         factor.q.copy_(normal(factor.q.numel(), seed=1) * 0.1)
     factor.retract()
