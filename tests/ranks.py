@@ -243,13 +243,17 @@ def rounded_stochastically(folder: Path) -> Result:
     options = OPTIONS | {"residual_bits": 0}
     model = Block().to(torch.bfloat16)
     poetx_compile.prepare(model, share(0)[0].bfloat16(), options=options)
+    train_in_half(model, options)
+    return {"values": values(model)}
+
+
+def train_in_half(model: Block, options: dict[str, Any]) -> None:
     module, optimizer = DistributedDataParallel(torch.compile(model, backend="poetx", options=options)), adamw(model)
     for step in range(STEPS):
         x, target = (tensor.bfloat16() for tensor in share(step))
         F.mse_loss(module(x), target).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {"values": values(model)}
 
 
 def stored_in_int8(folder: Path) -> Result:
@@ -260,12 +264,7 @@ def stored_in_int8(folder: Path) -> Result:
         for parameter in model.parameters():
             parameter.add_(distributed.get_rank())
     poetx_compile.prepare(model, share(0)[0].bfloat16(), options=options)
-    module, optimizer = DistributedDataParallel(torch.compile(model, backend="poetx", options=options)), adamw(model)
-    for step in range(STEPS):
-        x, target = (tensor.bfloat16() for tensor in share(step))
-        F.mse_loss(module(x), target).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train_in_half(model, options)
     agreed = error_of(lambda: poetx_compile.check_ranks(model))
     if distributed.get_rank() == distributed.get_world_size() - 1:
         factors.of_module(model)[1].base.rows[0, 0, 0] += 1e-5

@@ -11,6 +11,7 @@ from .match import LinearMatch
 from .normalize import ADDMM, LINEAR
 
 Nodes = dict[str, fx.Node]
+Regions = dict[fx.Graph, tuple[fx.Node, fx.GraphModule]]
 
 
 def rewrite(gm: fx.GraphModule, converted: list[tuple[LinearMatch, OrthogonalFactor]]) -> Added:
@@ -39,12 +40,13 @@ class Added:
         self.owners: list[fx.Node] = []
         self.tensors: list[Tensor] = []
         self._gm = gm
+        self._regions = regions(gm)
         self._inputs: dict[fx.Node, Inputs] = {}
 
     def of(self, placeholder: fx.Node, factor: OrthogonalFactor) -> Inputs:
         """Those of one weight, added if they are not yet."""
         if placeholder not in self._inputs:
-            self._inputs[placeholder] = Inputs(self._gm, placeholder.name, factor)
+            self._inputs[placeholder] = Inputs(self._gm, self._regions, placeholder.name, factor)
             self.owners.append(placeholder)
             self.tensors.extend(factor.inputs.values())
         return self._inputs[placeholder]
@@ -53,9 +55,8 @@ class Added:
 class Inputs:
     """The placeholders of one factor's tensors, in a graph and in its checkpointed regions, which get them handed in."""
 
-    def __init__(self, gm: fx.GraphModule, name: str, factor: OrthogonalFactor) -> None:
-        self._name, self._factor = name, factor
-        self._regions = regions(gm)
+    def __init__(self, gm: fx.GraphModule, regions: Regions, name: str, factor: OrthogonalFactor) -> None:
+        self._name, self._factor, self._regions = name, factor, regions
         self._nodes = {gm.graph: self._add(gm)}
 
     def within(self, graph: fx.Graph) -> Nodes:
@@ -72,9 +73,9 @@ class Inputs:
         return {label: add_input(gm, f"poetx_{label}_{self._name}", tensor) for label, tensor in inputs.items()}
 
 
-def regions(gm: fx.GraphModule) -> dict[fx.Graph, tuple[fx.Node, fx.GraphModule]]:
+def regions(gm: fx.GraphModule) -> Regions:
     """The checkpointed regions of a graph, innermost first, each with the node that runs it."""
-    found: dict[fx.Graph, tuple[fx.Node, fx.GraphModule]] = {}
+    found: Regions = {}
     for node in gm.graph.nodes:
         region = checkpointed(node)
         if region is not None:

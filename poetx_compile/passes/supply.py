@@ -31,7 +31,8 @@ def supply(gm: fx.GraphModule, lean: list[Lean], added: Added) -> None:
         if placeholder.users:
             _supply(placeholder, added.of(placeholder, factor), gm, factor)
         gm.graph.erase_node(placeholder)
-    recompile(gm)
+    if lean:
+        recompile(gm)
 
 
 def _supply(weight: fx.Node, inputs: Inputs, gm: fx.GraphModule, factor: OrthogonalFactor) -> None:
