@@ -13,6 +13,8 @@ from typing import Any, get_origin
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._dynamo.guards import GlobalStateGuard
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.optim import Optimizer
 
 from .errors import PoetxError
@@ -59,7 +61,7 @@ def add_input(gm: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
     with gm.graph.inserting_after(placeholders[-1]):
         node = gm.graph.placeholder(name)
     node._dynamo_source = None  # type: ignore[attr-defined]
-    node.meta["example_value"] = fake_mode.from_tensor(tensor, static_shapes=True) if fake_mode else tensor
+    node.meta["example_value"] = tensor if fake_mode is None else _fake(tensor, fake_mode)
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     return node
 
@@ -73,17 +75,30 @@ def live_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
     ]
 
 
+def global_state_check() -> Callable[[], bool]:
+    """Whether what Dynamo guards beside a graph's inputs, gradients on and autocast among it, is as it is now."""
+    return GlobalStateGuard().check
+
+
 def is_fake(value: Any) -> bool:
     """Whether a tensor has no values: a compiler is looking."""
-    return isinstance(value, torch._subclasses.FakeTensor)
+    return isinstance(value, FakeTensor)
 
 
-def fake_beside(tensors: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor]:
-    """``tensors`` as :func:`add_input` shows them to a compiler, if one of ``inputs`` is fake; else themselves."""
-    fake = next((value for value in inputs if is_fake(value)), None)
-    if fake is None:
-        return list(tensors)
-    return [fake.fake_mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
+def fake_beside(gm: fx.GraphModule, tensors: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor]:
+    """What :func:`add_input` was given, as a compiler is to see it: fake if one of ``inputs`` is, or where it has no values yet."""
+    mode = next((value.fake_mode for value in inputs if is_fake(value)), None)
+    if mode is None and any(map(is_fake, tensors)):
+        mode = torch._guards.detect_fake_mode([node.meta.get("example_value") for node in gm.graph.nodes])
+        return [_fake(tensor, mode) if is_fake(tensor) else tensor for tensor in tensors]
+    return list(tensors) if mode is None else [_fake(tensor, mode) for tensor in tensors]
+
+
+def _fake(tensor: Tensor, mode: Any) -> Tensor:
+    if not is_fake(tensor):
+        return mode.from_tensor(tensor, static_shapes=True)
+    with mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 def source_name(placeholder: fx.Node) -> str:
@@ -216,7 +231,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 def fake_tensors() -> AbstractContextManager[Any]:
     """Inside, tensors have shapes, dtypes and strides, and no memory."""
-    return torch._subclasses.FakeTensorMode()
+    return FakeTensorMode()
 
 
 def storage_of(tensor: Tensor) -> object:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from . import conversion, initial, optimizer, stand_in
+from . import conversion, initial, optimizer, retrace, stand_in
 from ._torch import (
     activation_budget,
     compile_with_aot_eager,
     compile_with_inductor,
     copy_graph,
     fake_beside,
+    global_state_check,
     is_fake,
     live_inputs,
     notice_changed,
@@ -57,39 +58,34 @@ def poetx(
         edited, converted = copy_graph(gm), []
     else:
         return _compile(gm, example_inputs, config, patches)
-    if not all(factor.is_packed for _, factor in converted):
-        return FirstCall(
-            edited.forward, [Slot.of(found.index, factor, found.outputs) for found, factor in converted], config, []
-        )
     placeholders = [node for node in edited.graph.nodes if node.op == "placeholder"]
-    owned = dict(zip(placeholders, live))
-    lean = [(node, _factor(value)) for node, value in owned.items() if stand_in.is_stand_in(value)]
+    owned = {node: factor for node, value in zip(placeholders, live) if (factor := factors.of_weight(value)) is not None}
+    lean = [(node, factor) for node, factor in owned.items() if factor.storage != "folded"]
     if not converted and not lean:
         return _compile(gm, example_inputs, config, patches)
     added = rewrite(edited, [(found, factor) for found, factor in converted if factor.route == "gram"])
     supply(edited, lean, added)
     dropped = {placeholders.index(node) for node, _ in lean}
     outputs = {found.placeholder: found.outputs for found, _ in converted}
-    taken = [
-        Slot.of(placeholders.index(node), _factor(owned[node]), outputs.get(node), takes_factor=True)
-        for node in added.owners
-    ]
+    taken = [Slot.of(placeholders.index(node), owned[node], outputs.get(node), takes_factor=True) for node in added.owners]
     others = [
         Slot.of(found.index, factor, found.outputs) for found, factor in converted if found.placeholder not in added.owners
     ]
-    shown = fake_beside(added.tensors, example_inputs)
-    given = [value for index, value in enumerate(example_inputs) if index not in dropped]
-    compiled = _compile(edited, [*given, *shown], config, patches)
-    return Runtime(compiled, [*taken, *others], config, [tensor for tensor in shown if is_fake(tensor)], dropped)
+    slots = [*taken, *others]
+    shown = fake_beside(edited, added.tensors, example_inputs)
+    inputs = [*(value for index, value in enumerate(example_inputs) if index not in dropped), *shown]
+    trace = retrace.Trace.of(edited, inputs, slots, dropped, config, patches) if lean else None
+    known = retrace.find(trace)
+    if known is not None:
+        return known
+    compiled = _compile(edited, inputs, config, patches)
+    runtime = Runtime(compiled, slots, config, [tensor for tensor in shown if is_fake(tensor)], dropped)
+    if not all(factor.is_packed for _, factor in lean):
+        retrace.remember(trace, runtime)
+    return runtime
 
 
 poetx.takes_stand_ins = True  # type: ignore[attr-defined]
-
-
-def _factor(weight: Any) -> OrthogonalFactor:
-    factor = factors.of_weight(weight)
-    assert factor is not None, "a stand-in is a converted weight"
-    return factor
 
 
 def convert(
@@ -168,6 +164,7 @@ class Runtime:
         self._config = config
         self._shown = shown
         self._dropped = dropped
+        self.is_same_state = global_state_check()
 
     def __call__(self, *args: Any) -> Any:
         given = [value for index, value in enumerate(args) if index not in self._dropped] if self._dropped else args
@@ -191,7 +188,9 @@ class Runtime:
                 late = True
             found.append((slot, factor))
         unpacked = [factor for _, factor in found if not factor.is_packed]
-        stand_in.pack(unpacked)
+        if unpacked:
+            stand_in.pack(unpacked)
+            notice_changed([factor.weight for factor in unpacked])
         for _, factor in found:
             factor.follow_weight()
             optimizer.check_clean(factor)
@@ -199,17 +198,3 @@ class Runtime:
             optimizer.join_running_step()
             optimizer.settle()
         return found
-
-
-class FirstCall(Runtime):
-    """Stores weights as ``storage`` says, and runs the graph uncompiled.
-
-    Dynamo holds these parameters for plain ones until this call ends, and compiles for what they are then at the next: a graph
-    compiled now would serve once.
-    """
-
-    def __call__(self, *args: Any) -> Any:
-        if not is_fake(args[self._slots[0].index]):
-            found = self._ready(args)
-            notice_changed([factor.weight for _, factor in found])
-        return self._compiled(*args)

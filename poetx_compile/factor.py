@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import kernels
-from ._torch import own_operations
-from .base import Base
+from ._torch import fake_tensors, own_operations
+from .base import BASES, Base
 from .config import PoetxConfig
 from .errors import PoetxError
 from .layout import BlockLayout, StackLayout, permutation_key, rounding_seed
@@ -123,7 +123,22 @@ class OrthogonalFactor:
     def inputs(self) -> dict[str, Tensor]:
         """What a rewritten graph takes beside the weight, or in its place."""
         own = {"q": self.q, "row_channels": self.row_channels, "column_channels": self.column_channels}
-        return own if self.base is None else own | self.base.tensors
+        base = self.base or self._blank
+        return own if base is None else own | base.tensors
+
+    @property
+    def _blank(self) -> Base | None:
+        """What :attr:`base` will be once the weight is packed, without values."""
+        if self.storage == "folded":
+            return None
+        weight = self.weight
+        with fake_tensors():
+            return BASES[self.storage](torch.empty(self._shape, dtype=weight.dtype, device=weight.device), self.stack)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight, when it was last looked at."""
+        return self._dtype
 
     def made(self, dtype: torch.dtype | None = None) -> kernels.Made:
         """What a lean weight is made of; ``dtype`` None takes its own."""

@@ -152,16 +152,19 @@ def test_resume_is_exact(dtype: torch.dtype, storage: str) -> None:
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("mode", ("default", "reduce-overhead"))
 def test_lean_weights_train_as_folded_ones(dtype: torch.dtype, storage: str, mode: str) -> None:
+    """By SGD: AdamW keeps second moments of ordinary float16 parameters in float16, where these vanish."""
+    start = [parameter.detach() for parameter in network(dtype).parameters()]
     trained = []
     for its in ("folded", storage):
         torch._dynamo.reset()
         model = network(dtype)
         compiled = torch.compile(model, backend=partial(poetx, mode=mode, options={"storage": its}))
-        train(compiled, torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6), dtype, range(8))
+        train(compiled, torch.optim.SGD(model.parameters(), lr=2.0, momentum=0.9), dtype, range(8))
         trained.append([parameter.detach() for parameter in model.parameters()])
     assert factor_of(model[0].weight).storage == storage
-    for ours, theirs in zip(*trained):
-        assert (ours - theirs).abs().max() <= (0.02 if storage == "int8" else 0.01) * theirs.abs().max() + 1e-3
+    for ours, theirs, before in zip(*trained, start):
+        apart, moved = (ours.float() - theirs.float()).norm(), (theirs.float() - before.float()).norm()
+        assert apart <= (0.06 if storage == "int8" else 0.03) * moved
 
 
 @pytest.mark.parametrize("storage", BASES)

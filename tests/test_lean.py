@@ -253,6 +253,33 @@ def test_one_graph_is_compiled_and_no_step_recompiles(monkeypatch: pytest.Monkey
     assert len(seen) == 1
 
 
+def test_the_first_call_is_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = count_compilations(monkeypatch)
+    run = rotating(network(HALF), storage="int8", inner="inductor")
+    with torch.profiler.profile() as profile:
+        loss(run, 0, HALF).backward()
+    assert len(seen) == 1
+    assert any("CompiledFunction" in event.name for event in profile.events())
+
+
+def test_a_graph_for_other_settings_of_torch_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = count_compilations(monkeypatch)
+    run = rotating(network(HALF), storage="int8")
+    loss(run, 0, HALF).backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss(run, 0, HALF).backward()
+    loss(run, 0, HALF).backward()
+    assert len(seen) == 2
+
+
+def test_a_graph_for_other_shapes_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = count_compilations(monkeypatch)
+    run = rotating(network(HALF), storage="int8")
+    for size in (8, 5, 7, 8):
+        run(torch.ones(size, 22, dtype=HALF)).sum().backward()
+    assert len(seen) == 2
+
+
 def test_blocks_compiled_one_by_one_share_their_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = count_compilations(monkeypatch)
     blocks = [Block().to(HALF) for _ in range(12)]
@@ -326,10 +353,11 @@ def test_another_backend_sees_the_weight() -> None:
 
 @of_storages
 @pytest.mark.parametrize("order", ["model first", "optimizer first", "after a forward"])
-@pytest.mark.parametrize("period", [0, 2])
-def test_a_resumed_run_goes_on_bit_by_bit(storage: str, order: str, period: int) -> None:
+@pytest.mark.parametrize(("period", "inner"), [(0, "aot_eager"), (2, "aot_eager"), (2, "inductor")])
+def test_a_resumed_run_goes_on_bit_by_bit(storage: str, order: str, period: int, inner: str) -> None:
+    options = {"permutation_period": period, "inner": inner}
     model = network(HALF)
-    run, optimizer = run_of(model, storage, permutation_period=period)
+    run, optimizer = run_of(model, storage, **options)
     train(run, optimizer, range(5))
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
@@ -340,7 +368,7 @@ def test_a_resumed_run_goes_on_bit_by_bit(storage: str, order: str, period: int)
     torch._dynamo.reset()
     again = network(HALF)
     nn.init.normal_(again[0].weight)
-    run, optimizer = run_of(again, storage, permutation_period=period)
+    run, optimizer = run_of(again, storage, **options)
     if order == "after a forward":
         loss(run, 0, HALF).backward()
         optimizer.zero_grad()

@@ -76,6 +76,7 @@ def test_every_function_is_pinned_here() -> None:
         "explain_failed_loads",
         "fake_tensors",
         "functorch_nodes",
+        "global_state_check",
         "graph_break",
         "gradient_hooks",
         "inductor_modes",
@@ -87,6 +88,7 @@ def test_every_function_is_pinned_here() -> None:
         "live_optimizers",
         "map_tensors",
         "notice_changed",
+        "_fake",
         "_is_for_us",
         "on_optimizer_state_loaded",
         "own_grad",
@@ -690,7 +692,7 @@ def test_pieces_of_a_graph_have_fake_inputs_with_live_ones_behind(monkeypatch: p
         weights = [(value, shown) for value, shown in zip(live, inputs) if isinstance(value, nn.Parameter)]
         pieces.append({_torch.source_name(node): value for node, value in zip(placeholders(gm), live)})
         assert all(_torch.is_fake(shown) and not _torch.is_fake(value) for value, shown in weights)
-        (beside,) = _torch.fake_beside([weights[0][0]], inputs)
+        (beside,) = _torch.fake_beside(gm, [weights[0][0]], inputs)
         assert _torch.is_fake(beside) and beside.fake_mode is weights[0][1].fake_mode
         compiled = _torch.compile_with_aot_eager(gm, inputs)
 
@@ -769,10 +771,44 @@ def test_outside_pieces_inputs_are_live() -> None:
         assert all(a is b for a, b in zip(_torch.live_inputs(gm, inputs), inputs, strict=True))
         assert not any(_torch.is_fake(value) for value in inputs)
         extra = torch.ones(3)
-        assert _torch.fake_beside([extra], inputs)[0] is extra
+        assert _torch.fake_beside(gm, [extra], inputs)[0] is extra
         return gm.forward
 
     torch.compile(Net(), backend=backend)(torch.ones(2, 3))
+
+
+def test_an_input_may_have_no_values_yet() -> None:
+    """Inductor compiles for what a tensor will be, and runs with what it is by then."""
+    with _torch.fake_tensors():
+        promised = torch.empty(4, 4)
+    assert _torch.is_fake(promised)
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        edited = _torch.copy_graph(gm)
+        extra = _torch.add_input(edited, "extra", promised)
+        (output,) = [node for node in edited.graph.nodes if node.op == "output"]
+        with edited.graph.inserting_before(output):
+            product = edited.graph.call_function(torch.matmul, (output.args[0][0], extra))
+        output.args = ((product, *output.args[0][1:]),)
+        edited.recompile()
+        live = torch.ones(4, 4)
+        shown = _torch.fake_beside(edited, [promised, live], inputs)
+        assert (shown[0].shape, shown[0].device, shown[1] is live) == ((4, 4), torch.device("cpu"), True)
+        compiled = _torch.compile_with_inductor(edited, [*inputs, shown[0]], {})
+        return lambda *args: compiled(*args, torch.full((4, 4), 3.0))
+
+    net, x = Net(), torch.ones(2, 3)
+    torch.testing.assert_close(torch.compile(net, backend=backend)(x), net(x) @ torch.full((4, 4), 3.0))
+
+
+def test_global_state_is_compared_with_that_of_another_time() -> None:
+    is_same = _torch.global_state_check()
+    assert is_same()
+    with torch.no_grad():
+        assert not is_same()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_same()
+    assert is_same()
 
 
 @pytest.mark.usefixtures("process_group")

@@ -85,6 +85,7 @@ def rotate_in_place(
     seed: int | None = None,
 ) -> None:
     widths = [side.shape[-1] for side in (rows, columns) if side is not None]
+    rows, columns = (None if side is None else side.contiguous() for side in (rows, columns))
     _check(precision)
     stored = [weight] if residual is None else [weight, residual]
     is_whole = weight.dtype not in HALF if residual is None else residual.dtype == torch.int8

@@ -99,14 +99,13 @@ def _replace(use: fx.Node, nodes: Nodes, factor: OrthogonalFactor) -> None:
     widths = (factor.rows.width, factor.columns.width)
     settings = (*widths, factor.config.scale, use.target is not LINEAR, LINEAR_VERSION)
     runs = (factor.rows.run, factor.columns.run)
-    if factor.base is None:
+    if factor.storage == "folded":
         target, operands = (
             rotated_linear,
             (x, weight, bias, *(nodes[label] for label in ("q", "row_channels", "column_channels"))),
         )
     else:
-        dtype, precision = factor.made()[6::2]
-        target, operands = lean_linear, (x, *stored(nodes), bias, nodes["q"], dtype, precision)
+        target, operands = lean_linear, (x, *stored(nodes), bias, nodes["q"], factor.dtype, factor.precision)
     with use.graph.inserting_before(use):
         new = use.graph.call_function(target, (*operands, *settings, *runs))
     new.meta = dict(use.meta)

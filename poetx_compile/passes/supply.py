@@ -69,7 +69,7 @@ def _supply(weight: fx.Node, inputs: Inputs, gm: fx.GraphModule, factor: Orthogo
 
 
 def _make(graph: fx.Graph, nodes: Nodes, factor: OrthogonalFactor) -> fx.Node:
-    *_, dtype, run, precision = factor.made()
+    dtype, run, precision = factor.dtype, factor.columns.run, factor.precision
     if not (torch.is_grad_enabled() and factor.weight.requires_grad):
         return graph.call_function(effective, (*stored(nodes), dtype, run, precision))
     sides = factor.rows, factor.columns
