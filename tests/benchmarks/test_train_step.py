@@ -453,11 +453,11 @@ def test_on_a_gpu_the_peak_is_parted(bench: ModuleType, tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu_no_process_holds_more_than_its_cap(bench: ModuleType, tmp_path: Path) -> None:
-    """One that is enough, one that is not, and one that the card has not."""
+    """One that is enough, one that the making of the model exceeds, and one that the card has not."""
     import rows
 
     out = tmp_path / "X.csv"
-    caps = ("2", "0.005", "100000")
+    caps = ("2", "0.001", "100000")
     for cap in caps:
         bench.main(
             ["--sizes", "tiny", "--seq", "128", "--methods", "adamw", "--steps", "2", "--cap", cap, "--out", str(out)]
