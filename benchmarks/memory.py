@@ -1,4 +1,4 @@
-"""Where the memory of a training step goes, by walking what is kept alive."""
+"""The memory of a training step: a bound on it, and where it goes, by walking what is kept alive."""
 
 from __future__ import annotations
 
@@ -6,10 +6,24 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from official import RefusalError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poetx_compile.factor import factors
+
+
+def hold_below(cap_bytes: int, device: torch.device) -> None:
+    """Let PyTorch's allocator hold at most so many bytes on a CUDA device, in this process, from now on.
+
+    Raises:
+        RefusalError: the card has less.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    total = torch.cuda.get_device_properties(index).total_memory
+    if cap_bytes > total:
+        raise RefusalError(f"--cap of {cap_bytes / 1e9:g} GB is above the {total / 1e9:.1f} GB of this card: give less")
+    torch.cuda.set_per_process_memory_fraction(cap_bytes / total, index)
 
 
 def account(module: nn.Module, optimizers: Iterable[Optimizer], device: torch.device) -> dict[str, int]:

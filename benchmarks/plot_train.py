@@ -24,7 +24,7 @@ _OURS, _OTHERS = "#0b5a7a", "#a9a9a9"
 def draw(path: Path) -> list[Path]:
     """Draw what the CSV at ``path`` holds, and return the picture's path, beside it; none where nothing was measured."""
     found = read_csv(path, Row)
-    last = {(row.point, row.method): row for row, _ in found if row.step_ms is not None}
+    last = {(row.point, row.label): row for row, _ in found if row.step_ms is not None}
     if not last:
         return []
     picture = path.with_suffix(".png")
@@ -57,7 +57,7 @@ def _figure(rows: Sequence[Row], device: str) -> Figure:
 
 
 def _label(row: Row) -> str:
-    return f"{row.method} ({row.batch})" if row.fits else row.method
+    return f"{row.label} ({row.batch})" if row.fits else row.label
 
 
 def _draw_speed(axes: Axes, rows: Sequence[Row]) -> None:

@@ -113,6 +113,9 @@ class Spec:
         defaults = METHODS[name].defaults
         if unknown := [key for key in options if key not in defaults and not METHODS[name].takes_any]:
             raise ValueError(f"{text!r}: {name} takes {', '.join(('mode', *defaults))}, not {', '.join(unknown)}")
+        for key, value in options.items():
+            if isinstance(defaults.get(key), bool) and not isinstance(value, bool):
+                raise ValueError(f"{text!r}: {key} is True or False, not {value!r}")
         return cls(name, options, mode, compiler, official)
 
     def __getitem__(self, option: str) -> Any:
@@ -121,13 +124,24 @@ class Spec:
     def floor(self, load: Load) -> StepFloor:
         return METHODS[self.name].floor(self, load)
 
+    @property
+    def backend_options(self) -> dict[str, Any]:
+        """Those that ``torch.compile`` is given; the others are the benchmark's."""
+        return {key: value for key, value in self.options.items() if key != "checkpointing"}
+
+    def configured(self, model: nn.Module) -> nn.Module:
+        """The model as its user sets it, before anything of the method comes to it."""
+        if self.options.get("checkpointing"):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model
+
     def trainer(self, model: nn.Module, size: Size) -> Trainer:
         """Convert and compile a model, and make its optimizer.
 
         Raises:
             RefusalError: what the method needs is not there.
         """
-        return METHODS[self.name].make(self, model, size)
+        return METHODS[self.name].make(self, self.configured(model), size)
 
 
 @dataclass(frozen=True)
@@ -147,7 +161,7 @@ class Method:
 
 def poetx(spec: Spec, model: nn.Module, size: Size) -> Trainer:
     inner = {} if spec.compiler == "inductor" else {"inner": spec.compiler}
-    compiled = torch.compile(model, backend="poetx", mode=spec.mode, options={**spec.options, **inner} or None)
+    compiled = torch.compile(model, backend="poetx", mode=spec.mode, options={**spec.backend_options, **inner} or None)
     optimizer = MarkedAdamW(model.parameters(), lr=RATE, fused=True)
     period = spec.options.get("permutation_period", 0)
     rare = Rare("new permutations", period, lambda: _draw(model)) if period > _SEEN_BY_MEDIAN else None
@@ -255,11 +269,12 @@ def _official_floor(spec: Spec, load: Load) -> StepFloor:
 
 
 _BLOCKS = {"block_size": 256}
+_CHECKPOINTING = {"checkpointing": False}
 _OFFICIAL = Method(official, _official_floor, {**_BLOCKS, "merge_interval": 200})
 
 METHODS = {
-    "poetx": Method(poetx, lambda spec, load: load.poetx(spec["block_size"]), _BLOCKS, takes_any=True),
-    "adamw": Method(adamw, lambda _, load: load.adamw()),
+    "poetx": Method(poetx, lambda spec, load: load.poetx(spec["block_size"]), {**_BLOCKS, **_CHECKPOINTING}, takes_any=True),
+    "adamw": Method(adamw, lambda _, load: load.adamw(), _CHECKPOINTING),
     "muon": Method(muon, lambda _, load: load.muon()),
     "adamw8bit": Method(torchao_adamw, lambda _, load: load.eight_bit_adamw()),
     "adamw8bit-bnb": Method(bitsandbytes_adamw, lambda _, load: load.eight_bit_adamw()),

@@ -16,6 +16,7 @@ class Row:
         compiler: what compiled the graphs: ``inductor``, or ``aot_eager``.
         seq, batch, micro: tokens of a sequence, sequences of a micro-batch, micro-batches of a step.
         fits: ``max`` where ``batch`` is the largest power of two that fits, else empty.
+        cap_bytes: most that PyTorch's allocator was let hold; None where it could take all of the card.
         step_ms, step_ms_q20, step_ms_q80: median of an optimizer step, and quantiles at 20 and 80 %; with the share of what
             is not done at every step.
         tokens_per_s: of the median.
@@ -27,6 +28,7 @@ class Row:
         first_step_s: seconds of the first step, conversion and compilation in it; not the making of the model.
         caches: of compiled code: ``cold`` where they were empty at first, else ``shared``.
         peak_bytes, reserved_bytes: most that tensors took during the timed steps, and most that the allocator held.
+        planned_bytes: the package's estimate of ``peak_bytes``; None where it was not asked for, or does not know the method.
         weight_bytes: parameters and buffers, adapters too. residual_bytes: digits below bfloat16. gradient_bytes: after the
             last backward. state_bytes: of optimizers; rotations ``q`` and their permutations too. rest_bytes: of the peak:
             activations and scratch memory.
@@ -46,6 +48,7 @@ class Row:
     batch: int
     micro: int
     fits: str = ""
+    cap_bytes: int | None = None
     step_ms: float | None = None
     step_ms_q20: float | None = None
     step_ms_q80: float | None = None
@@ -62,6 +65,7 @@ class Row:
     caches: str = ""
     peak_bytes: int | None = None
     reserved_bytes: int | None = None
+    planned_bytes: int | None = None
     weight_bytes: int | None = None
     residual_bytes: int | None = None
     gradient_bytes: int | None = None
@@ -81,9 +85,19 @@ class Row:
     reason: str = ""
 
     @property
-    def point(self) -> tuple[str, int, int, int, str, int]:
-        """Where methods are compared. Batches that were searched for are one point, whatever was found."""
-        return self.size, self.layers, self.seq, 0 if self.fits else self.batch, self.fits, self.micro
+    def point(self) -> tuple[str, int, int, int, str, int, int | None]:
+        """Where methods are compared.
+
+        Batches that were searched for are one point, whatever was found, for each cap: it decides what is found. A batch that
+        was given is the same work under every cap.
+        """
+        batch, cap_bytes = (0, self.cap_bytes) if self.fits else (self.batch, None)
+        return self.size, self.layers, self.seq, batch, self.fits, self.micro, cap_bytes
+
+    @property
+    def label(self) -> str:
+        """The method, and its cap."""
+        return self.method if self.cap_bytes is None else f"{self.method}, capped at {self.cap_bytes / 1e9:g} GB"
 
     @property
     def is_out_of_memory(self) -> bool:

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
 
 import floors
 import llama
 import torch
+from clocks import Clock, EventClock, WallClock
 from llama import SIZES
-from memory import account
+from memory import account, hold_below
 from model_floors import Load
 from official import RefusalError
 from rows import facts
@@ -34,7 +34,7 @@ RARE_TIMES = 3
 
 @dataclass(frozen=True)
 class Case:
-    """What one process measures; ``layers`` None is all of the model's."""
+    """What one process measures; ``layers`` None is all of the model's, ``cap_bytes`` None all of the card's memory."""
 
     size: str
     method: str
@@ -47,6 +47,7 @@ class Case:
     device: str = "cuda"
     compiler: str = "inductor"
     official: str | None = None
+    cap_bytes: int | None = None
     caches: str = "shared"
     peak_flops: float | None = None
     peak_bandwidth: float | None = None
@@ -76,45 +77,12 @@ class Case:
             seq=self.seq,
             batch=self.batch,
             micro=self.micro,
+            cap_bytes=self.cap_bytes,
             caches=self.caches,
             flops=least.flops,
             bytes=least.bytes,
             **least.ms(floors.peaks(device_name, self.peak_flops, self.peak_bandwidth)),
         )
-
-
-class Clock(Protocol):
-    """Moments, and the milliseconds between two of them once the device is idle."""
-
-    timed_by: str
-
-    def now(self) -> Any: ...
-
-    def ms(self, start: Any, end: Any) -> float: ...
-
-
-class WallClock:
-    timed_by = "clock"
-
-    def now(self) -> float:
-        return time.perf_counter()
-
-    def ms(self, start: float, end: float) -> float:
-        return 1e3 * (end - start)
-
-
-class EventClock:
-    """Moments in the device's queue: to note one waits for nothing."""
-
-    timed_by = "events"
-
-    def now(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def ms(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        return start.elapsed_time(end)
 
 
 class Run:
@@ -123,6 +91,8 @@ class Run:
     def __init__(self, case: Case) -> None:
         self.case = case
         self.device = torch.device(case.device)
+        if case.cap_bytes is not None:
+            hold_below(case.cap_bytes, self.device)
         self.clock: Clock = EventClock() if self.device.type == "cuda" else WallClock()
         model = llama.build(case.shape, case.seq, self.device)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py --sizes 8b --methods poetx,adamw,official-fast --seq 2048 --official CHECKOUT
     python benchmarks/train_step.py --sizes 1b,3b --methods poetx,poetx:block_size=128 --batch max
+    python benchmarks/train_step.py --sizes 8b --methods poetx:storage=int8:checkpointing=True,adamw --cap 24 --plan
     python benchmarks/train_step.py --sizes tiny --seq 64 --compiler aot_eager    # on a CPU, to check the script
 
 Each method runs in a process of its own. README.md beside this file says how it is measured.
@@ -33,6 +34,7 @@ from train_table import markdown
 
 RESULTS = Path(__file__).parent / "results"
 CHILD = Path(__file__).with_name("train_run.py")
+PLANNER = Path(__file__).with_name("train_plan.py")
 MOST_DOUBLINGS = 12
 LINES_TOLD = 20
 
@@ -74,6 +76,23 @@ class Launcher:
         print(*lines[-LINES_TOLD:], sep="\n", file=sys.stderr)
         return replace(row, reason=row.reason or reason), self.machine
 
+    def with_plan(self, row: Row, case: Case) -> Row:
+        """The row of a case, with the estimate of its memory, made on CPU; or with a note why there is none."""
+        seconds = min(self.timeout, self.deadline - time.monotonic())
+        if seconds <= 0:
+            return _noted(row, "not planned: --minutes were used up before")
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder, "planned.json")
+            command = [sys.executable, str(PLANNER), json.dumps(asdict(replace(case, batch=row.batch))), str(out)]
+            reason, _ = _run(command, {**os.environ, "CUDA_VISIBLE_DEVICES": ""}, Path(folder, "log"), seconds)
+            if reason:
+                return _noted(row, f"not planned: {reason}")
+            return replace(row, planned_bytes=json.loads(out.read_text()))
+
+
+def _noted(row: Row, text: str) -> Row:
+    return replace(row, note="; ".join(filter(None, (row.note, text))))
+
 
 def _run(command: Sequence[str], environment: dict[str, str], log: Path, seconds: float) -> tuple[str, list[str]]:
     """Run to the end. Gives why that was not reached, or nothing, and the lines that the process wrote to stderr."""
@@ -109,7 +128,7 @@ def largest_that_fits(measure: Callable[[Case], Measured], case: Case) -> Measur
         case = replace(case, batch=2 * case.batch)
         larger, larger_machine = measure(case)
         if larger.reason and not larger.is_out_of_memory:
-            row = replace(row, note="; ".join(filter(None, (row.note, f"a batch of {case.batch} failed: {larger.reason}"))))
+            row = _noted(row, f"a batch of {case.batch} failed: {larger.reason}")
         if larger.reason:
             break
         row, machine = larger, larger_machine
@@ -132,6 +151,7 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[Case, bool]]:
             device=args.device,
             compiler=args.compiler,
             official=None if args.official is None else str(args.official.resolve()),
+            cap_bytes=None if args.cap is None else round(1e9 * args.cap),
             caches="cold" if args.cold else "shared",
             peak_flops=args.peak_flops,
             peak_bandwidth=args.peak_bandwidth,
@@ -142,10 +162,11 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[Case, bool]]:
 def told(row: Row) -> str:
     """One line about a row."""
     depth = f" ({row.layers} layers)" if row.is_cut else ""
-    head = f"{row.size}{depth}, {row.method}, {row.batch} x {row.seq} tokens, {row.micro} micro-batches: "
+    head = f"{row.size}{depth}, {row.label}, {row.batch} x {row.seq} tokens, {row.micro} micro-batches: "
+    planned = f", planned {row.planned_bytes / 1e9:.1f} GB" if row.planned_bytes else ""
     if row.step_ms is None:
-        return head + row.reason
-    memory = f", peak {row.peak_bytes / 1e9:.1f} GB" if row.peak_bytes else ""
+        return head + row.reason + planned
+    memory = (f", peak {row.peak_bytes / 1e9:.1f} GB" if row.peak_bytes else "") + planned
     floor = f", {row.gap:.2f} x floor" if row.gap else ""
     return (
         f"{head}{row.step_ms:.1f} ms, {row.tokens_per_s:,.0f} tokens/s{memory}{floor}, first step {row.first_step_s:.0f} s"
@@ -172,6 +193,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--compiler", choices=("inductor", "aot_eager"), default="inductor", help="aot_eager: for debugging")
     add("--official", type=Path, metavar="DIR", help="the folder that holds poet_torch")
+    add("--cap", type=_gigabytes, metavar="GB", help="10^9 bytes that PyTorch's allocator may hold at most, on CUDA")
+    add("--plan", action="store_true", help="estimate the memory of poetx and adamw too, on CPU")
     add("--cold", action="store_true", help="an empty cache of compiled code for each process, to compare first steps")
     add("--timeout", type=float, default=420.0, help="seconds that one process may take (default: 420)")
     add("--minutes", type=float, default=float("inf"), help="after which what is left is left out")
@@ -181,6 +204,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if unknown := [size for size in args.sizes if size not in SIZES]:
         parser.error(f"no size {', '.join(unknown)}; there are {', '.join(SIZES)}")
+    if args.cap is not None and torch.device(args.device).type != "cuda":
+        parser.error(f"--cap bounds the allocator of CUDA devices, and --device is {args.device}: leave --cap out")
     try:
         for method in args.methods:
             Spec.parse(method)
@@ -203,6 +228,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _gigabytes(text: str) -> float:
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return float(text)
+
+
 def _batches(text: str) -> list[tuple[int, bool]]:
     """Batches, and whether each is only where the search for the largest begins."""
     parts = [part.partition("max") for part in text.split(",")]
@@ -219,6 +250,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for case, is_searched in cases(args):
         row, machine = largest_that_fits(measure, case) if is_searched else measure(case)
+        if args.plan:
+            row = measure.with_plan(row, case)
         print(told(row), flush=True)
         name = re.sub(r"[^a-z0-9]+", "-", str(machine.get("device") or "unknown").lower())
         out = out or RESULTS / f"train-step-{name}.csv"

@@ -28,14 +28,14 @@ def markdown(rows: Sequence[Row], headings: Sequence[str] = ()) -> str:
         headings: of the columns to show; all where none is given.
     """
     points = list(dict.fromkeys(row.point for row in rows))
-    last = {(row.point, row.method, row.compiler, row.caches): row for row in rows}
+    last = {(row.point, row.label, row.compiler, row.caches): row for row in rows}
     ordered = sorted(last.values(), key=lambda row: points.index(row.point))
     measured = [_cells(row) for row in ordered if row.step_ms is not None]
     shown = headings or (list(measured[0]) if measured else SHORT)
     lines = [_line(shown), f"|{'---|' * _TEXTS}{'---:|' * (len(shown) - _TEXTS)}"]
     lines += [_line([cells[heading] for heading in shown]) for cells in measured]
-    remarks = [(row, text) for row in ordered for text in (row.reason, row.note) if text]
-    lines += ["", *(f"* {_model(row)}, {_tokens(row)}, {row.method}: {text}" for row, text in remarks)]
+    remarks = [(row, text) for row in ordered for text in (_failure(row), row.note) if text]
+    lines += ["", *(f"* {_model(row)}, {_tokens(row)}, {row.label}: {text}" for row, text in remarks)]
     return "\n".join(lines).rstrip()
 
 
@@ -67,6 +67,7 @@ def _cells(row: Row) -> dict[str, str]:
     }
     sizes = {
         "peak, GB": row.peak_bytes,
+        "planned": row.planned_bytes,
         "weights": row.weight_bytes,
         "residuals": row.residual_bytes,
         "gradients": row.gradient_bytes,
@@ -76,14 +77,20 @@ def _cells(row: Row) -> dict[str, str]:
     return {
         "model": _model(row),
         "tokens a step": _tokens(row),
-        "method": row.method,
+        "method": row.label,
         "tokens/s": _number(row.tokens_per_s, ",.0f"),
         **{heading: _number(value, ".1f") for heading, value in milliseconds.items()},
         **{heading: _number(None if value is None else value / 1e9, ".2f") for heading, value in sizes.items()},
+        "peak / planned": _number(_ratio(row.peak_bytes, row.planned_bytes), ".2f"),
         "floor, ms": _number(row.floor_ms, ".1f"),
         "step / floor": _number(row.gap, ".2f"),
         "first step, s": _number(row.first_step_s, ".0f"),
     }
+
+
+def _failure(row: Row) -> str:
+    planned = f" (planned: {row.planned_bytes / 1e9:.2f} GB)" if row.reason and row.planned_bytes else ""
+    return row.reason + planned
 
 
 def _model(row: Row) -> str:
@@ -93,6 +100,10 @@ def _model(row: Row) -> str:
 def _tokens(row: Row) -> str:
     micro = f"{row.micro} × " if row.micro > 1 else ""
     return f"{micro}{row.batch} × {row.seq}" + (" (most that fits)" if row.fits else "")
+
+
+def _ratio(value: float | None, other: float | None) -> float | None:
+    return value / other if value and other else None
 
 
 def _number(value: float | None, form: str) -> str:

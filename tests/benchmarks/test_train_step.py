@@ -216,7 +216,12 @@ def test_a_search_ends_at_another_failure(bench: ModuleType) -> None:
     ("arguments", "message"),
     [
         (["--methods", "sgd"], "no method 'sgd'; there are poetx, adamw"),
-        (["--methods", "adamw:rank=4"], "adamw takes mode, not rank"),
+        (["--methods", "adamw:rank=4"], "adamw takes mode, checkpointing, not rank"),
+        (["--methods", "poetx:checkpointing=yes"], "checkpointing is True or False, not 'yes'"),
+        (["--methods", "lora:checkpointing=True"], "lora takes mode, r, not checkpointing"),
+        (["--device", "cpu", "--cap", "24"], "--cap bounds the allocator of CUDA devices, and --device is cpu"),
+        (["--device", "cuda", "--cap", "nan"], "nan is not a positive number"),
+        (["--device", "cuda", "--cap", "-1"], "-1 is not a positive number"),
         (["--methods", "lora:8"], "'8' is no option=value"),
         (["--sizes", "70b"], "no size 70b"),
         (["--micro", "0"], "0 is not a positive number"),
@@ -306,6 +311,57 @@ def test_an_8b_model_is_counted(bench: ModuleType) -> None:
     assert set(load.adamw().ms(None).values()) == {None}
 
 
+def test_a_cap_is_part_of_every_case_and_row(bench: ModuleType) -> None:
+    """A point of searched batches has its own for each cap; a batch that was given is one point under all."""
+    args = bench.parse(["--device", "cuda", "--cap", "23.5", "--sizes", "tiny", "--batch", "4,max"])
+    capped = [case for case, _ in bench.cases(args)]
+    assert {case.cap_bytes for case in capped} == {23_500_000_000}
+    measured, _ = bench.largest_that_fits(memory_of(bench, 8, []), capped[-1])
+    assert (measured.cap_bytes, measured.batch, measured.label) == (23_500_000_000, 8, "adamw, capped at 23.5 GB")
+
+    given, searched = row(bench), row(bench, fits="max")
+    assert given.point == dataclasses.replace(given, cap_bytes=24).point
+    assert searched.point != dataclasses.replace(searched, cap_bytes=24).point
+    assert searched.point == dataclasses.replace(searched, batch=4).point
+    assert given.label == "poetx"
+
+
+def test_what_is_planned_stands_beside_what_was_measured(bench: ModuleType) -> None:
+    both = {"planned_bytes": 20_000_000_000, "cap_bytes": 24_000_000_000}
+    steps = {"step_ms": 5.0, "tokens_per_s": 4e5, "first_step_s": 9.0, "peak_bytes": 21_000_000_000}
+    fits, bursts = row(bench, **both, **steps), row(bench, **both, method="adamw", reason="OutOfMemoryError: no")
+    head = "1 x 2048 tokens, 1 micro-batches: "
+    assert f"8b, poetx, capped at 24 GB, {head}5.0 ms" in bench.told(fits)
+    assert ", peak 21.0 GB, planned 20.0 GB, first step 9 s" in bench.told(fits)
+    assert bench.told(bursts) == f"8b, adamw, capped at 24 GB, {head}OutOfMemoryError: no, planned 20.0 GB"
+
+    uncapped = row(bench, **steps)
+    heading, _, *lines = bench.markdown([fits, bursts, uncapped]).splitlines()
+    headings = [cell.strip() for cell in heading.split("|")]
+    cells = [dict(zip(headings, map(str.strip, line.split("|")))) for line in lines[:2]]
+    assert [line["method"] for line in cells] == ["poetx, capped at 24 GB", "poetx"]
+    assert [line["planned"] for line in cells] == ["20.00", ""]
+    assert [line["peak / planned"] for line in cells] == ["1.05", ""]
+    reason = "OutOfMemoryError: no (planned: 20.00 GB)"
+    assert lines[2:] == ["", f"* 8b, 1 × 2048, adamw, capped at 24 GB: {reason}"]
+
+
+def test_estimates_are_made_in_processes_of_their_own(bench: ModuleType, tmp_path: Path) -> None:
+    """Of what is known, of what is not, and of what is wrong; in the time that is left."""
+    from train_plan import planned_bytes
+
+    methods = "poetx:storage=int8:checkpointing=True,adafactor,poetx:storge=int8"
+    known, other, wrong = (found for found, _ in run(bench, tmp_path / "X.csv", "--methods", methods, "--plan"))
+    (case, _), *_ = bench.cases(bench.parse([*SMALL, "--methods", methods]))
+    assert known.planned_bytes == planned_bytes(case) > 0 and known.step_ms > 0
+    assert (other.planned_bytes, other.note) == (None, "") and other.step_ms > 0
+    assert wrong.planned_bytes is None and wrong.note.startswith("not planned: the process ended with 1")
+    assert "did you mean 'storage'" in wrong.note and "did you mean 'storage'" in wrong.reason
+
+    (late,) = (found for found, _ in run(bench, tmp_path / "Y.csv", "--methods", "adamw", "--plan", "--minutes", "0"))
+    assert (late.planned_bytes, late.note) == (None, "not planned: --minutes were used up before")
+
+
 def row(bench: ModuleType, **values: object) -> object:
     base = {"size": "8b", "layers": 32, "is_cut": 0, "method": "poetx", "compiler": "inductor", "seq": 2048, "batch": 1}
     return bench.Row(**{**base, "micro": 1, **values})
@@ -324,9 +380,9 @@ def test_the_table_has_the_last_row_of_each_method(bench: ModuleType, tmp_path: 
     ]
     lines = bench.markdown(rows).splitlines()
     assert lines[0].startswith("| model | tokens a step | method | tokens/s | step, ms |")
-    assert {line.count("|") for line in lines[:4]} == {19}
-    cells = ["8b", "1 × 2048", "poetx", "12,346", "99.0", "40.0", "50.0", "9.0", "7.0", "43.10", "16.00"]
-    assert [cell.strip() for cell in lines[2].split("|")[1:12]] == cells
+    assert {line.count("|") for line in lines[:4]} == {21}
+    cells = ["8b", "1 × 2048", "poetx", "12,346", "99.0", "40.0", "50.0", "9.0", "7.0", "43.10", "", "16.00"]
+    assert [cell.strip() for cell in lines[2].split("|")[1:13]] == cells
     assert "| 80.0 | 1.25 |" in lines[2]
     assert lines[3].startswith("| 13b, 4 layers | 2 × 8 × 2048 (most that fits) | poetx |  | 2.0 |")
     assert lines[4:] == ["", "* 8b, 1 × 2048, poetx: so it is", "* 8b, 1 × 2048, adamw: OutOfMemoryError: no"]
@@ -393,3 +449,21 @@ def test_on_a_gpu_the_peak_is_parted(bench: ModuleType, tmp_path: Path) -> None:
         assert row.peak_bytes == sum(getattr(row, part) for part in parts) <= row.reserved_bytes
         assert row.rest_bytes > 0 and row.timed_by == "events"
         assert row.step_ms > 0.5 * (row.forward_ms + row.backward_ms + row.optimizer_ms)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_no_process_holds_more_than_its_cap(bench: ModuleType, tmp_path: Path) -> None:
+    """One that is enough, one that the making of the model exceeds, and one that the card has not."""
+    import rows
+
+    out = tmp_path / "X.csv"
+    caps = ("2", "0.001", "100000")
+    for cap in caps:
+        bench.main(
+            ["--sizes", "tiny", "--seq", "128", "--methods", "adamw", "--steps", "2", "--cap", cap, "--out", str(out)]
+        )
+    enough, too_little, too_much = (found for found, _ in rows.read_csv(out, bench.Row))
+    assert [found.cap_bytes for found in (enough, too_little, too_much)] == [round(1e9 * float(cap)) for cap in caps]
+    assert enough.step_ms > 0 and enough.reserved_bytes <= enough.cap_bytes
+    assert too_little.is_out_of_memory and too_little.step_ms is None
+    assert too_much.reason.startswith("--cap of 100000 GB is above the") and too_much.step_ms is None
