@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from . import naive
 from .dense import project
-from .ops import fits, library, rotate_in_place
+from .ops import fits, library, one_pass, rotate_in_place, succeeds
 from .precision import UNIT
 from .quantize import dequantize
 from .residual import HALF, encode_
@@ -66,17 +66,39 @@ def _effective(
     sides = [side for side in (rows, columns) if side is not None]
     if not fits(stored, *(side.shape[-1] for side in sides)) or dtype == torch.float64:
         return naive.effective(stored, scales, rows, row_channels, columns, column_channels, dtype)
-    residual: Tensor | None = None
-    if dtype in HALF:
-        weight = torch.empty(stored.shape, dtype=dtype, device=stored.device)
+    if dtype not in HALF:
+        weight = stored.to(dtype, copy=True) if scales is None else dequantize(stored, scales, dtype)
+        rotate_in_place(weight, None, rows, row_channels, columns, column_channels, run, precision)
+        return weight
+    if precision == "tf32":
+        rows, columns = (None if side is None else (side.contiguous() * UNIT).half() for side in (rows, columns))
+    weight = torch.empty(stored.shape, dtype=dtype, device=stored.device)
+    turns = rows, row_channels, columns, column_channels, run
+    if not _make_in_one_pass(weight, stored, scales, *turns):
         residual = torch.empty(stored.shape, dtype=torch.int8, device=stored.device)
         _unpack(weight, residual, stored, scales)
-        if precision == "tf32":
-            rows, columns = (None if side is None else (side * UNIT).half() for side in (rows, columns))
-    else:
-        weight = stored.to(dtype, copy=True) if scales is None else dequantize(stored, scales, dtype)
-    rotate_in_place(weight, residual, rows, row_channels, columns, column_channels, run, precision)
+        rotate_in_place(weight, residual, *turns, precision)
     return weight
+
+
+def _make_in_one_pass(
+    weight: Tensor,
+    stored: Tensor,
+    scales: Tensor | None,
+    rows: Tensor | None,
+    row_channels: Tensor,
+    columns: Tensor | None,
+    column_channels: Tensor,
+    run: int,
+) -> bool:
+    """Unpack and rotate both sides at once where that is possible, and say whether it was."""
+    kernel = one_pass("gluon_effective", weight.device)
+    is_fit = scales is not None or stored.dtype == weight.dtype
+    if kernel is None or not is_fit or not kernel.serves(stored, rows, columns, run):
+        return False
+    sides = rows, row_channels, columns, column_channels, run
+    with torch.cuda.device(weight.device):
+        return succeeds(kernel.effective_, weight.device, weight, stored, scales, *sides)
 
 
 def _unpack(weight: Tensor, residual: Tensor, stored: Tensor, scales: Tensor | None) -> None:

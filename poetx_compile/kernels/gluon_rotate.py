@@ -21,7 +21,7 @@ _UNIT = gl.constexpr(UNIT)
 _STRIP = gl.constexpr(128)
 _PART = gl.constexpr(64)
 _STEP = gl.constexpr(32)
-_WIDTHS = (128, 256)
+WIDTHS = (128, 256)
 _LARGEST = gl.constexpr(4000.0)  # a block of 256 can make a number 16 times larger, and float16 ends at 65504
 
 _decode = gluon.jit(triton_rotate.decode.fn)
@@ -217,7 +217,7 @@ def serves(weight: Tensor, residual: Tensor | None, rows: Tensor | None, columns
     return (
         residual is not None
         and all(tensor.data_ptr() % 16 == 0 for tensor in (weight, residual))
-        and all(side is not None and side.dtype == torch.float16 and side.shape[-1] in _WIDTHS for side in (rows, columns))
+        and all(side is not None and side.dtype == torch.float16 and side.shape[-1] in WIDTHS for side in (rows, columns))
         and weight.shape == tuple(side.shape[0] * side.shape[1] for side in (rows, columns) if side is not None)
         and weight.numel() < 2**31
         and run >= 16

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ _ON_HOST = (
     "poetx_compile.check_ranks(model, repair=True)"
 )
 
-_takes_two_passes: set[torch.device] = set()
+_takes_two_passes: set[tuple[str, torch.device]] = set()
 
 library = torch.library.Library("poetx", "DEF")
 library.define(
@@ -143,32 +145,38 @@ def _rotate_in_one_pass(
     run: int,
 ) -> bool:
     """Rotate both sides at once where that is possible, and say whether it was."""
-    kernel = _one_pass(weight.device)
-    if kernel is None or weight.device in _takes_two_passes or not kernel.serves(weight, residual, rows, columns, run):
+    kernel = one_pass("gluon_rotate", weight.device)
+    if kernel is None or not kernel.serves(weight, residual, rows, columns, run):
         return False
+    return succeeds(kernel.rotate_, weight.device, weight, residual, rows, row_channels, columns, column_channels, run)
+
+
+def succeeds(launch: Callable[..., None], device: torch.device, *operands: Any) -> bool:
+    """Launch a kernel of :func:`one_pass`, and say whether it compiles for this device: if not, nothing is written."""
     from triton.errors import TritonError
 
+    if (launch.__module__, device) in _takes_two_passes:
+        return False
     try:
-        kernel.rotate_(weight, residual, rows, row_channels, columns, column_channels, run)
-    except (TritonError, RuntimeError) as error:  # compilation comes before the launch: nothing is written yet
+        launch(*operands)
+    except (TritonError, RuntimeError) as error:  # compilation comes before the launch
         if "[CUDA]" not in str(error):  # of the driver, which may have memory again next time
-            _takes_two_passes.add(weight.device)
+            _takes_two_passes.add((launch.__module__, device))
         log.warning(_TWO_PASSES, error)
         return False
     return True
 
 
 @functools.cache
-def _one_pass(device: torch.device) -> Any:
-    """The kernel that rotates both sides in one pass, on the GPUs that it is written for."""
+def one_pass(name: str, device: torch.device) -> Any:
+    """The module of a kernel that does both sides in one pass, on the GPUs that it is written for; else None."""
     if torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
         return None
     try:
-        from . import gluon_rotate
+        return importlib.import_module(f".{name}", __package__)
     except (ImportError, AttributeError) as error:
         log.warning(_TWO_PASSES, error)
         return None
-    return gluon_rotate
 
 
 for _device in ("CPU", "CUDA"):

@@ -1,4 +1,4 @@
-"""The kernel that rotates both sides in one pass on a Hopper GPU; that it compiles is checked in ``test_triton.py``."""
+"""The kernels that do both sides in one pass on a Hopper GPU; that they compile is checked in ``test_triton.py``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from poetx_compile.kernels import HALF, cayley_neumann, decode, naive, rotate_, unscaled
+from poetx_compile.kernels import HALF, Made, cayley_neumann, decode, naive, quantize_, rotate_, unscaled
+from poetx_compile.kernels.precision import UNIT
 from poetx_compile.layout import BlockLayout
 
 pytestmark = [
@@ -145,3 +146,74 @@ def test_a_kernel_that_does_not_compile_is_done_without(
         got, expected = decode(*rotated(args)), exact(args)
         assert torch.linalg.norm(got - expected) < 4e-5 * torch.linalg.norm(expected)
     assert caplog.text.count("take two passes over each weight") == 1
+
+
+# --- Effective weights -----------------------------------------------------------------------------------------------
+
+
+def made(m: int, n: int, rows: int, columns: int, dtype: torch.dtype, size: float, storage: str, chunk: int = 32) -> Made:
+    """A stored matrix, and rotations by skews of a standard deviation ``size``."""
+    weight, _, row_turn, row_channels, column_turn, column_channels, run = operands(m, n, rows, columns, dtype, size, chunk)
+    scales = None
+    if storage == "int8":
+        weight[:, : n // 2] *= 1e-3  # groups of other sizes in one tile
+        stored, scales = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(m, -(-n // 128), dtype=torch.bfloat16)
+        quantize_(stored, scales, weight)
+        weight = stored
+    turns = (unscaled(row_turn), row_channels, unscaled(column_turn), column_channels)
+    return Made(weight, scales, *turns, dtype, run, "tf32")
+
+
+def one_pass(some: Made) -> Tensor:
+    """The weight by the kernel alone, in memory that was full of NaN."""
+    from poetx_compile.kernels import gluon_effective
+
+    rows, columns = ((side * UNIT).half() for side in (some.rows, some.columns))
+    assert gluon_effective.serves(some.stored, rows, columns, some.run)
+    out = torch.full(some.stored.shape, torch.nan, dtype=some.dtype, device="cuda")
+    gluon_effective.effective_(
+        out, some.stored, some.scales, rows, some.row_channels, columns, some.column_channels, some.run
+    )
+    return out
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("storage", ["int8", "bf16-lean"])
+@pytest.mark.parametrize("size", [0.0, 1e-3, 0.05, 10.0])
+def test_an_effective_weight_agrees_with_the_oracle(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, storage: str, size: float
+) -> None:
+    some = made(*shape, dtype, size, storage)
+    expected = naive.effective(*some[:6], torch.float64)
+    got = one_pass(some).double()
+    assert torch.linalg.norm(got - expected) < 0.6 * (torch.finfo(dtype).eps + 2.0**-11) * torch.linalg.norm(expected)
+    assert torch.equal(got, some.weight().double())
+    assert torch.equal(got, one_pass(some).double())
+
+
+@pytest.mark.parametrize("chunk", [16, 32, 64, 128])
+def test_an_effective_weight_in_every_chunk(chunk: int) -> None:
+    some = made(512, 512, 256, 256, torch.bfloat16, 0.05, "int8", chunk)
+    expected = naive.effective(*some[:6], torch.float32)
+    assert torch.linalg.norm(one_pass(some) - expected) < 2.0**-8 * torch.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-6, 12.0, 1e6, 1e30])
+@pytest.mark.parametrize("storage", ["int8", "bf16-lean"])
+def test_rows_of_any_size_make_an_effective_weight(factor: float, storage: str) -> None:
+    some = made(256, 256, 256, 256, torch.bfloat16, 1e-3, storage)
+    for rows in (some.row_channels[:32], some.row_channels[32:]):
+        numbers = some.stored if some.scales is None else some.scales
+        extreme = numbers.clone()
+        extreme[rows] = (extreme[rows].float() * factor).bfloat16()
+        other = some._replace(**{"stored" if some.scales is None else "scales": extreme})
+        got, expected = one_pass(other).double(), naive.effective(*other[:6], torch.float64)
+        assert got.isfinite().all()
+        assert torch.linalg.norm(got - expected) < 2.0**-8 * torch.linalg.norm(expected)
+
+
+def test_a_matrix_in_odd_places_is_unpacked_first() -> None:
+    some = made(256, 256, 256, 256, torch.bfloat16, 1e-3, "int8")
+    odd = torch.empty(256 * 256 + 1, dtype=torch.int8, device="cuda")[1:].view(256, 256).copy_(some.stored)
+    torch.testing.assert_close(some._replace(stored=odd).weight(), some.weight(), rtol=2**-7, atol=1e-4)

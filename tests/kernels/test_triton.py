@@ -14,7 +14,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from poetx_compile.kernels import gluon_rotate, triton_cayley, triton_gram, triton_rotate, triton_series, triton_unpack
+from poetx_compile.kernels import (
+    gluon_effective,
+    gluon_rotate,
+    triton_cayley,
+    triton_gram,
+    triton_rotate,
+    triton_series,
+    triton_unpack,
+)
 from poetx_compile.kernels.precision import PRECISIONS
 from poetx_compile.kernels.tuning import TABLES, GramTiles, RotateTiles
 
@@ -119,3 +127,8 @@ def test_both_sides_in_one_pass_compile_for_hopper(m: int, n: int, dtype: str) -
     types = {"weight": f"*{dtype}", "rows": "*fp16", "columns": "*fp16", "row_channels": "*i64", "column_channels": "*i64"}
     kernel = gluon_rotate._rotate_kernel
     compiled("sm90", kernel, constants, m // 16, 1, GluonASTSource, **types)
+    kernel = gluon_effective._effective_kernel
+    del constants["KIND"]
+    for stored in ("i8", dtype):
+        types |= {"stored": f"*{stored}", "out": f"*{dtype}"}
+        compiled("sm90", kernel, constants | {"IS_CODED": stored == "i8"}, m // 16, 1, GluonASTSource, **types)
