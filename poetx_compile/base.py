@@ -52,7 +52,7 @@ class Base(ABC):
         """``G_rows ← G G_rows`` and ``G_columns ← G_columns G``, of the rotations ``E = G − I`` of one step."""
         for turn, by in ((self.rows, rows), (self.columns, columns)):
             if turn is not None and by is not None:
-                kernels.compose_(turn, kernels.unscaled(by).to(turn.dtype), from_left=turn is self.rows)
+                kernels.compose_(turn, by, from_left=turn is self.rows)
                 if step % _STEPS_BETWEEN_CORRECTIONS == 0:
                     kernels.orthogonalize_(turn)
         self.is_turned = True

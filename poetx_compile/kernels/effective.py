@@ -70,14 +70,14 @@ def _effective(
         weight = stored.to(dtype, copy=True) if scales is None else dequantize(stored, scales, dtype)
         rotate_in_place(weight, None, rows, row_channels, columns, column_channels, run, precision)
         return weight
-    if precision == "tf32":
-        rows, columns = (None if side is None else (side.contiguous() * UNIT).half() for side in (rows, columns))
     weight = torch.empty(stored.shape, dtype=dtype, device=stored.device)
-    turns = rows, row_channels, columns, column_channels, run
-    if not _make_in_one_pass(weight, stored, scales, *turns):
-        residual = torch.empty(stored.shape, dtype=torch.int8, device=stored.device)
-        _unpack(weight, residual, stored, scales)
-        rotate_in_place(weight, residual, *turns, precision)
+    if precision == "tf32":
+        if _make_in_one_pass(weight, stored, scales, rows, row_channels, columns, column_channels, run):
+            return weight
+        rows, columns = (None if side is None else (side * UNIT).half() for side in (rows, columns))
+    residual = torch.empty(stored.shape, dtype=torch.int8, device=stored.device)
+    _unpack(weight, residual, stored, scales)
+    rotate_in_place(weight, residual, rows, row_channels, columns, column_channels, run, precision)
     return weight
 
 
@@ -96,7 +96,8 @@ def _make_in_one_pass(
     is_fit = scales is not None or stored.dtype == weight.dtype
     if kernel is None or not is_fit or not kernel.serves(stored, rows, columns, run):
         return False
-    sides = rows, row_channels, columns, column_channels, run
+    assert rows is not None and columns is not None
+    sides = rows.half().contiguous(), row_channels, columns.half().contiguous(), column_channels, run
     with torch.cuda.device(weight.device):
         return succeeds(kernel.effective_, weight.device, weight, stored, scales, *sides)
 

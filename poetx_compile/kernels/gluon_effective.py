@@ -6,7 +6,6 @@ matrix is written: the product starts from the tile itself, in float16, and is r
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,7 +17,6 @@ from .gluon_rotate import (
     _PART,
     _STEP,
     _STRIP,
-    _UNIT,
     WIDTHS,
     _barrier,
     _channels,
@@ -175,12 +173,12 @@ def _effective_kernel(
         async_copy.wait_group(2)
         fence_async_shared()
         _barrier()
-        product = tile.slice(first, _STRIP, 1).load(PRODUCT).to(gl.float32) * _UNIT
+        product = tile.slice(first, _STRIP, 1).load(PRODUCT).to(gl.float32)
         product = warpgroup_mma_wait(0, deps=[warpgroup_mma(tile, turn, product, is_async=True)])
         turn._keep_alive()
         _barrier()
         turned = gl.allocate_shared_memory(gl.float16, [M, _STRIP], SHARED)
-        turned.store((product * (1 / _UNIT)).to(gl.float16))
+        turned.store(product.to(gl.float16))
         fence_async_shared()
         for k in gl.static_range(0, M, _STEP):
             async_copy.wait_group(1)
@@ -206,7 +204,7 @@ def _effective_kernel(
             turn = gl.allocate_shared_memory(gl.float16, [N, _STRIP], SHARED)
             _copy(turn, columns, N, first + _STRIP, WIDE)
         staged = gl.allocate_shared_memory(DTYPE, [M, 32], SHARED_OUT)
-        left, right = _halves((product * (1 / (scale * _UNIT))).to(DTYPE))
+        left, right = _halves((product * (1 / scale)).to(DTYPE))
         part_0, part_1 = _halves(left)
         part_2, part_3 = _halves(right)
         quarters = (part_0, part_1, part_2, part_3)
@@ -221,11 +219,11 @@ def _effective_kernel(
 
 
 def serves(stored: Tensor, rows: Tensor | None, columns: Tensor | None, run: int) -> bool:
-    """Whether these operands of :func:`effective_` fit: whole blocks of 128 or 256 along both sides, in float16."""
+    """Whether these operands of :func:`effective_` fit: whole blocks of 128 or 256 along both sides."""
     return (
         stored.is_contiguous()
         and stored.data_ptr() % 16 == 0
-        and all(side is not None and side.dtype == torch.float16 and side.shape[-1] in WIDTHS for side in (rows, columns))
+        and all(side is not None and side.shape[-1] in WIDTHS for side in (rows, columns))
         and stored.shape == tuple(side.shape[0] * side.shape[1] for side in (rows, columns) if side is not None)
         and stored.numel() < 2**31
         and run >= 16
@@ -247,7 +245,7 @@ def effective_(
     Args:
         out: ``[m, n]``, bfloat16 or float16, contiguous.
         stored, scales: as in :func:`.naive.effective`; without ``scales`` of the dtype of ``out``.
-        rows, columns: ``4096 E`` in float16, ``[r, b, b]``, that :func:`serves` accepts.
+        rows, columns: ``E`` in float16, ``[r, b, b]``, contiguous.
         run: columns that lie side by side, a power of two.
     """
     (row_blocks, m, _), (column_blocks, n, _) = rows.shape, columns.shape

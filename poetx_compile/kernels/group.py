@@ -5,15 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .precision import full_precision
+from .ops import fits
+from .precision import UNIT, full_precision, unscaled
 
 
 def compose_(turn: Tensor, step: Tensor, from_left: bool) -> None:
     """``G ← G_step G``, or ``G ← G G_step`` where not ``from_left``, in place.
 
     Args:
-        turn, step: ``E`` of ``G`` and of ``G_step``, ``[r, b, b]``, float32 or float64.
+        turn: ``E`` of ``G``, ``[r, b, b]``, float32 or float64.
+        step: that of ``G_step``, of the same dtype or as :data:`.precision.UNIT` says.
     """
+    if fits(turn, turn.shape[-1]) and turn.is_contiguous():
+        from . import triton_rotate
+
+        with torch.cuda.device(turn.device):
+            triton_rotate.multiply_(turn, step.contiguous(), from_left)
+        turn.add_(step, alpha=1 / UNIT if step.dtype == torch.float16 else 1)
+        return
+    step = unscaled(step).to(turn.dtype)
     with full_precision(turn.device):
         left, right = (step, turn) if from_left else (turn, step)
         turn.copy_(torch.baddbmm(turn + step, left, right))

@@ -6,6 +6,9 @@ writes any of it, and shares it with no other program: in place, and without a r
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -176,6 +179,28 @@ def rotate_(
     if rows is not None:
         _rotate_side(weight, residual, rows, row_channels, (n, n, 1), 1, False, precision, tiles)
     torch.autograd.graph.increment_version([weight] if residual is None else [weight, residual])
+
+
+def multiply_(turn: Tensor, step: Tensor, from_left: bool) -> None:
+    """``E ← E + E_step E``, or ``E ← E + E E_step`` where not ``from_left``, in place, to 22 bits of the products.
+
+    Args:
+        turn: ``E``, float32 ``[r, b, b]``, contiguous.
+        step: ``E_step``, as in :func:`.triton_dot.load_rotation`.
+    """
+    blocks, width, _ = turn.shape
+    channels = _of_blocks(blocks, width, from_left, turn.device)
+    geometry = (width, width, 1) if from_left else (width, 1, width)
+    _rotate_side(turn, None, step, channels, geometry, math.gcd(width, 32), not from_left, "tf32x3", None)
+    torch.autograd.graph.increment_version(turn)
+
+
+@functools.lru_cache(maxsize=256)
+def _of_blocks(blocks: int, width: int, are_rows: bool, device: torch.device) -> Tensor:
+    """What stands for the channels of blocks that lie one behind the other: their rows, or the places of their columns."""
+    if are_rows:
+        return torch.arange(blocks * width, device=device)
+    return (torch.arange(blocks, device=device)[:, None] * width**2 + torch.arange(width, device=device)).flatten()
 
 
 def _rotate_side(

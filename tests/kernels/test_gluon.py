@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from poetx_compile.kernels import HALF, Made, cayley_neumann, decode, naive, quantize_, rotate_, unscaled
-from poetx_compile.kernels.precision import UNIT
 from poetx_compile.layout import BlockLayout
 
 pytestmark = [
@@ -168,7 +167,7 @@ def one_pass(some: Made) -> Tensor:
     """The weight by the kernel alone, in memory that was full of NaN."""
     from poetx_compile.kernels import gluon_effective
 
-    rows, columns = ((side * UNIT).half() for side in (some.rows, some.columns))
+    rows, columns = some.rows.half(), some.columns.half()
     assert gluon_effective.serves(some.stored, rows, columns, some.run)
     out = torch.full(some.stored.shape, torch.nan, dtype=some.dtype, device="cuda")
     gluon_effective.effective_(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import SEEDS, normal
 from torch import Tensor
 
-from poetx_compile.kernels import cayley_neumann, compose_, orthogonalize_
+from poetx_compile.kernels import cayley_neumann, compose_, orthogonalize_, unscaled
 
 EYE = torch.eye(8, dtype=torch.float64)
 
@@ -41,9 +41,27 @@ def test_a_correction_squares_the_distance_from_the_orthogonal_matrices(error: f
     assert (e - near).abs().max() <= 4 * before
 
 
-def test_thousands_of_small_turns_add_up_in_float32() -> None:
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+@pytest.mark.parametrize("from_left", [True, False])
+@pytest.mark.parametrize(("blocks", "width"), [(1, 256), (5, 256), (3, 128), (2, 512), (7, 24), (4, 8)])
+def test_composing_on_a_gpu(blocks: int, width: int, from_left: bool, precision: str) -> None:
+    skews = (normal(blocks * width * (width - 1) // 2, seed=seed, device="cuda") for seed in (0, 1))
+    e, step = (cayley_neumann(skew, width, size, precision) for skew, size in zip(skews, (0.3 / width**0.5, 1e-2)))
+    e = unscaled(e).contiguous()
+    near, by = (torch.eye(width, device="cuda", dtype=torch.float64) + unscaled(some).double() for some in (e, step))
+    wanted = (by @ near if from_left else near @ by) - torch.eye(width, device="cuda", dtype=torch.float64)
+    guarded = torch.full((blocks + 2, width, width), torch.nan, device="cuda")
+    inside = guarded[1:-1].copy_(e)
+    compose_(inside, step, from_left)
+    assert (inside - wanted).abs().max() < 1e-6 * (1 + wanted.abs().max())
+    assert guarded[[0, -1]].isnan().all()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_thousands_of_small_turns_add_up_in_float32(device: str) -> None:
     """Below the rounding of ``G``: ``E`` keeps them."""
-    step, exact = turn(0, 1e-5, torch.float32), turn(0, 1e-5)
+    step, exact = turn(0, 1e-5, torch.float32).to(device), turn(0, 1e-5).to(device)
     e, wanted = torch.zeros_like(step), torch.zeros_like(exact)
     for number in range(5000):
         compose_(e, step, from_left=True)
