@@ -457,7 +457,7 @@ def test_on_a_gpu_no_process_holds_more_than_its_cap(bench: ModuleType, tmp_path
     import rows
 
     out = tmp_path / "X.csv"
-    caps = ("2", "0.001", "100000")
+    caps = ("2", "0.01", "100000")
     for cap in caps:
         bench.main(
             ["--sizes", "tiny", "--seq", "128", "--methods", "adamw", "--steps", "2", "--cap", cap, "--out", str(out)]

@@ -82,6 +82,8 @@ def test_it_is_the_product_of_three_matrices(
     assert (got.dtype, got.shape, got.is_contiguous()) == (dtype, shape, True)
     rounding = 0 if dtype in (torch.float64, torch.float32) else torch.finfo(dtype).eps
     allowed = rounding * wanted.abs() + (1e-12 if dtype == torch.float64 else 3e-6)
+    if (device, dtype, sides) == ("cuda", torch.bfloat16, "both"):
+        allowed += 2.0**-16 * wanted.abs().max()  # the first side's result is kept in 16 bits for the second
     assert ((got.cpu().double() - wanted).abs() <= allowed).all()
     assert torch.equal(got, made.weight(after=torch.full((3,), torch.nan, device=device)))
 
