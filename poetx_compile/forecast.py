@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .config import RESIDUAL_BITS, PoetxConfig
 from .errors import PoetxError
-from .estimate import Estimate, estimate, trace
+from .estimate import Estimate, Stepper, estimate, trace
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _FIELDS = {
@@ -97,15 +97,16 @@ def plan(
         return model(input_ids=ids, labels=ids).loss
 
     vocabulary = config.get_text_config().vocab_size
+    stepper = Stepper(is_fused=fused)
     traced = trace(build, loss, settings, vocabulary)
     if dtype == torch.float32:
-        choices = [Choice("poetx", estimate(traced, is_fused=fused))]
+        choices = [Choice("poetx", estimate(traced, stepper=stepper))]
     elif settings.storage == "folded":
-        choices = [Choice(f"residual_bits={number}", estimate(traced, number, fused)) for number in RESIDUAL_BITS]
+        choices = [Choice(f"residual_bits={number}", estimate(traced, number, stepper)) for number in RESIDUAL_BITS]
     else:
-        choices = [Choice(f"storage={settings.storage}", estimate(traced, is_fused=fused))]
+        choices = [Choice(f"storage={settings.storage}", estimate(traced, stepper=stepper))]
     if ordinary:
-        choices.append(Choice("ordinary", estimate(trace(build, loss, None, vocabulary), is_fused=fused)))
+        choices.append(Choice("ordinary", estimate(trace(build, loss, None, vocabulary), stepper=stepper)))
     return choices
 
 
