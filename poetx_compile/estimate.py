@@ -18,7 +18,8 @@ from .factor import SKEWS_PER_BATCH, OrthogonalFactor
 from .kernels import HALF
 from .kernels.ops import WIDEST
 from .liveness import Alive, Graphs, nbytes
-from .passes import LinearMatch, choose_route, match, normalize, rewrite, supply
+from .passes import LinearMatch, SkipReason, choose_route, match, normalize, rewrite, supply
+from .stepper import ADAMW, Stepper
 
 _CAYLEY_COPIES = 6
 """Arrays of ``[r, b, b]`` float16, or as large, that the kernels of a batch of rotations hold, beside what they make."""
@@ -58,34 +59,16 @@ class Estimate:
         return fixed + self.gradients + self.activations + self.logits + self.scratch
 
 
-@dataclass(frozen=True)
-class Stepper:
-    """An optimizer, as far as memory goes.
-
-    Attributes:
-        states, skew_states: numbers that it keeps for each number of an ordinary parameter, and of ``q``.
-        is_fused: whether a step writes nothing beside its states; torch's default takes a root of each second moment first, of all
-            parameters of one dtype at once.
-    """
-
-    name: str = "AdamW"
-    states: int = 2
-    skew_states: int = 2
-    is_fused: bool = False
-
-
-ADAMW = Stepper()
-
-
 @dataclass
 class Traced:
     """A model's graphs as Inductor would compile them, and its rotated weights; made by :func:`trace`.
 
     Attributes:
         fake: the mode to which all tensors here belong.
-        matches: rotated weights, by identity.
         weights: all parameters.
         buffers: bytes.
+        remembered: why a weight stays ordinary though a graph could rotate it.
+        matches, factors: of rotated weights, by their identity.
         unseen: whether lean weights are made in these graphs, which were traced with folded ones.
     """
 
@@ -93,6 +76,7 @@ class Traced:
     weights: list[nn.Parameter]
     buffers: int
     graphs: Graphs
+    remembered: Callable[[nn.Parameter], SkipReason | None] = lambda weight: None
     matches: dict[int, LinearMatch] = field(default_factory=dict)
     factors: dict[int, OrthogonalFactor] = field(default_factory=dict)
     unseen: bool = False
@@ -183,7 +167,7 @@ def estimate(traced: Traced, residual_bits: int = 8, stepper: Stepper = ADAMW) -
     Of the activations it counts what Inductor's partitioner saves; of the scratch what matrix products, attention and
     reductions write, and what stands between two of them. Pointwise arithmetic is taken for fused.
     """
-    fixed = kept(traced, residual_bits, stepper)
+    fixed = _kept(traced, residual_bits, stepper)
     factors = list(traced.factors.values())
     trained = [weight for weight in traced.ordinary if weight.requires_grad]
     gradients = sum(map(nbytes, trained)) + sum(nbytes(factor.q) for factor in factors)
@@ -196,7 +180,7 @@ def estimate(traced: Traced, residual_bits: int = 8, stepper: Stepper = ADAMW) -
     return replace(max(moments, key=lambda moment: moment.total), saved=saved.activations + saved.logits)
 
 
-def kept(traced: Traced, residual_bits: int = 8, stepper: Stepper = ADAMW) -> Estimate:
+def _kept(traced: Traced, residual_bits: int = 8, stepper: Stepper = ADAMW) -> Estimate:
     """The part that is there at all moments of a step."""
     factors = list(traced.factors.values())
     weights = sum(map(nbytes, traced.weights)) + traced.buffers
@@ -237,7 +221,7 @@ def _convert(
     normalize(gm, given)
     rewritten: list[tuple[LinearMatch, OrthogonalFactor]] = []
     lean: list[tuple[fx.Node, OrthogonalFactor]] = []
-    for found in match(gm, given, config)[0]:
+    for found in match(gm, given, config, traced.remembered)[0]:
         factor = traced.add(found, config)
         factor.route = choose_route(found, config)
         if factor.route == "gram":

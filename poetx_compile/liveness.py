@@ -149,7 +149,7 @@ class Graphs:
     def note(self, graph: fx.GraphModule, is_backward: bool, lasting: Sequence[int]) -> None:
         """Take up what :func:`._torch.partition_with_inductor` hands out."""
         if is_backward:
-            self.backwards.append(graph)
+            self.backwards.insert(0, graph)
             return
         self.forwards.append(graph)
         inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
