@@ -21,7 +21,7 @@ STORED: tuple[dict[str, Any], ...] = (
     {"storage": "int8", "skew_dtype": "float32"},
     {"storage": "int8", "skew_dtype": "bfloat16"},
 )
-BUDGETS = (1.0, 0.5, 0.1)
+BUDGETS = (1.0, 0.5)
 """Shares of the activations to save: tried for each of :data:`STORED`, in its order."""
 
 CATEGORIES = ("weights", "residuals", "q", "states", "gradients", "activations", "logits", "scratch")
