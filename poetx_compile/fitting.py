@@ -64,8 +64,9 @@ def resolve(gm: fx.GraphModule, live: Sequence[Any], config: PoetxConfig) -> Poe
     except PoetxError:
         raise
     except Exception as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
         raise PoetxError(
-            f"poetx: memory={config.memory} needs an estimate, and this graph cannot be estimated: {error}. Leave memory out, and "
+            f"poetx: memory={config.memory} needs an estimate, and this graph cannot be estimated ({why}); leave memory out, and "
             "set storage, skew_dtype and activation_memory_budget yourself"
         ) from error
     log.log(logging.WARNING if sketch.unknown else logging.INFO, "%s", chosen)

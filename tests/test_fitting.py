@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
-from poetx_compile import PoetxConfig, PoetxError, prepare, report, restore
+from poetx_compile import PoetxConfig, PoetxError, fitting, prepare, report, restore
 from poetx_compile.estimate import estimate, trace
 from poetx_compile.factor import factors
 from poetx_compile.ladder import MARGIN, Chosen
@@ -252,6 +252,70 @@ def test_graph_breaks_count_all_parameters_and_say_what_is_missing(caplog: pytes
     assert chosen.estimate.saved < whole.saved
     assert "2 parameters are in later graphs" in caplog.text
     assert len(settings(model)) == 1
+
+
+def test_a_graph_that_cannot_be_estimated_is_refused_before_a_weight_is_touched() -> None:
+    class Selecting(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[(x[:, 0] > 0).nonzero().squeeze(1)])
+
+    model = Selecting()
+    sentence = r"memory=1.0 needs an estimate, .* leave memory out, and set storage"
+    with (
+        torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True),
+        pytest.raises(BackendCompilerFailed, match=sentence),
+    ):
+        compiled(model, 1.0)(batch())
+    assert not factors.of_module(model)
+
+
+def test_parameters_that_the_graph_does_not_rotate_are_not_taken_for_rotated() -> None:
+    """A tied head, a frozen layer: what an estimate says is converted is what is."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(256, 128)
+            self.inner = nn.Linear(128, 128)
+            self.frozen = nn.Linear(128, 128).requires_grad_(False)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            hidden = self.frozen(self.inner(self.embedding(ids)))
+            return F.cross_entropy(hidden @ self.embedding.weight.t(), ids)
+
+    model = Tied()
+    found = prepare(model, torch.arange(100), options=OPTIONS | {"memory": 1.0})
+    assert (
+        found.chosen.estimate.converted == found.coverage == pytest.approx(128 * 128 / (256 * 128 + 2 * (128 * 128 + 128)))
+    )
+    assert found.chosen.estimate.weights == found.after.weights
+
+
+@pytest.mark.gpu
+def test_auto_is_what_the_card_has_and_estimating_takes_none_of_it() -> None:
+    model = Net().cuda()
+    optimizer = torch.optim.AdamW(model.parameters())
+    taken = []
+    estimate_whole = fitting.choose
+
+    def watched(*arguments: Any) -> Chosen:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        chosen = estimate_whole(*arguments)
+        taken.append(torch.cuda.max_memory_allocated() - before)
+        return chosen
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "choose", watched)
+        run = torch.compile(model, backend="poetx", options={"memory": "auto", "block_size": 32})
+        run(batch().cuda()).float().square().mean().backward()
+    optimizer.step()
+    assert taken == [0]
+    assert settings(model) == {("folded", "float32", 1.0)}
+    chosen = report(model, show=False).chosen
+    share = torch.cuda.get_per_process_memory_fraction()
+    assert chosen.limit == torch.cuda.get_device_properties(0).total_memory * share
+    assert "memory=auto takes" in str(chosen)
 
 
 class TestResume:
