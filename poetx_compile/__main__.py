@@ -26,11 +26,14 @@ def main() -> int:
     ahead.add_argument("--batch", type=int, default=1, help="sequences of a micro-batch")
     ahead.add_argument("--dtype", choices=forecast.DTYPES, default="bfloat16", help="of the weights")
     ahead.add_argument("--block-size", type=int, default=PoetxConfig.block_size)
-    ahead.add_argument("--storage", choices=STORAGES, default=PoetxConfig.storage)
-    ahead.add_argument("--skew-dtype", choices=SKEW_DTYPES, default=PoetxConfig.skew_dtype)
     ahead.add_argument(
-        "--activation-memory-budget", type=float, default=PoetxConfig.activation_memory_budget, metavar="SHARE"
+        "--storage",
+        choices=(*STORAGES, "auto"),
+        default="auto",
+        help="auto: folded, and with --gpu what options={'memory': 'auto'} would take there",
     )
+    ahead.add_argument("--skew-dtype", choices=SKEW_DTYPES)
+    ahead.add_argument("--activation-memory-budget", type=float, metavar="SHARE")
     ahead.add_argument("--ordinary", action="store_true", help="estimate torch.compile with AdamW beside it")
     ahead.add_argument(
         "--fused", action="store_true", help="with AdamW(fused=True), which needs no memory beside its states"

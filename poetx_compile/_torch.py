@@ -7,7 +7,7 @@ import gc
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Any, get_origin
 
@@ -178,7 +178,7 @@ def partition_with_inductor(
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
 
-    with config.patch(enable_autograd_cache=False):
+    with config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True):
         partitioned: Any = compile_fx(gm, list(inputs), inner_compile=uncompiled)
     return partitioned
 
@@ -232,6 +232,33 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 def fake_tensors() -> AbstractContextManager[Any]:
     """Inside, tensors have shapes, dtypes and strides, and no memory."""
     return FakeTensorMode()
+
+
+@contextmanager
+def fake_inputs(gm: fx.GraphModule, live: Sequence[Any]) -> Iterator[tuple[Any, list[Any]]]:
+    """Within a backend's call, a fake mode beside Dynamo's, and a graph's inputs in it, of the sizes that they have now.
+
+    Args:
+        gm: a copy. Where it reads the number in a tensor, it gets that number.
+        live: as :func:`live_inputs` finds them.
+    """
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    for node, value in zip([node for node in gm.graph.nodes if node.op == "placeholder"], live):
+        for user in list(node.users):
+            if isinstance(value, Tensor) and value.ndim == 0 and (user.op, user.target) == ("call_method", "item"):
+                user.replace_all_uses_with(value.item())
+                gm.graph.erase_node(user)
+    gm.recompile()
+    fake = torch._subclasses.FakeTensorMode(shape_env=ShapeEnv())
+    with torch._guards.tracing(torch._guards.TracingContext(fake)):
+        yield fake, [_fake_input(fake, value) for value in live]
+
+
+def _fake_input(fake: Any, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return fake.from_tensor(value, static_shapes=True)
+    return value.node.hint if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
 
 
 def storage_of(tensor: Tensor) -> object:
@@ -367,6 +394,13 @@ def live_optimizers() -> Iterator[Optimizer]:
     for thing in gc.get_objects():
         if issubclass(type(thing), Optimizer) and "param_groups" in getattr(thing, "__dict__", ()):
             yield thing
+
+
+def modules_with(parameters: Iterable[Tensor]) -> list[nn.Module]:
+    """Every module alive in this process that holds one of these, itself or further down. Not for a hot path."""
+    wanted = {id(parameter) for parameter in parameters}
+    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module) and "_parameters" in thing.__dict__]
+    return [module for module in modules if any(id(parameter) in wanted for parameter in module.parameters())]
 
 
 _STEP_WITH_HOOKS = Optimizer.profile_hook_step(lambda: None).__code__

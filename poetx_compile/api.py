@@ -16,6 +16,7 @@ from .backend import Compiled, convert
 from .config import PoetxConfig, split_options
 from .errors import PoetxError
 from .factor import factors
+from .fitting import resolve
 from .optimizer import check_can_step
 from .report import Report, build_report
 
@@ -44,7 +45,7 @@ def prepare(
     config = options if isinstance(options, PoetxConfig) else split_options(options, None)[0]
 
     def convert_only(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
-        convert(gm, inputs, config)
+        convert(gm, inputs, resolve(gm, inputs, config))
         return gm.forward
 
     plain = getattr(model, "_orig_mod", model)

@@ -25,6 +25,7 @@ from ._torch import (
 )
 from .config import PoetxConfig, split_options
 from .factor import OrthogonalFactor, factors
+from .fitting import resolve
 from .passes import LinearMatch, choose_route, match, normalize, rewrite, supply
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ def poetx(
     config, patches = split_options(options, mode)
     live = live_inputs(gm, example_inputs)
     if torch.is_grad_enabled():
+        config = resolve(gm, live, config)
         edited, converted = convert(gm, live, config)
     elif any(map(stand_in.is_stand_in, live)):
         edited, converted = copy_graph(gm), []

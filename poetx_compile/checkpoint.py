@@ -41,6 +41,11 @@ def is_saved(entry: Entry) -> bool:
     return entry.get("poetx_live") == 0
 
 
+def settings_of(entry: Entry) -> dict[str, Any]:
+    """With which settings the rotation was trained that an entry belongs to, live or saved; nothing of another entry."""
+    return {name: _saved_setting(entry, name) for name in _SETTINGS} if "poetx_live" in entry else {}
+
+
 def is_current(factor: OrthogonalFactor, entry: Entry) -> bool:
     """Whether a live entry was made with the permutations that the factor has now, or does not depend on them."""
     return entry["poetx_moments"] == factor.epoch or not any(

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ._torch import inductor_modes, inductor_option_names, inductor_option_type
 from .errors import PoetxError
@@ -23,6 +23,7 @@ INITS = ("keep", "row-normalised")
 MOMENTS = ("reset", "keep", "second", "transport")
 HEADS = ("lm_head", "head", "heads", "classifier", "score", "embed_out", "output_projection")
 
+_MOVABLE = frozenset({"storage", "skew_dtype", "activation_memory_budget"})
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "residual_bits": RESIDUAL_BITS,
     "storage": STORAGES,
@@ -79,6 +80,10 @@ class PoetxConfig:
     activation_memory_budget: float = 1.0
     """Share of the activations that a compiled graph may save for its backward, from 0 to 1; it computes the others again."""
 
+    memory: float | str = 0.0
+    """What a training step may take, in gigabytes of 10⁹ bytes, or ``auto`` for what the card has; 0 for no limit. Settings among
+    :attr:`movable` are then those that :mod:`.ladder` finds to fit."""
+
     init: str = "keep"
     """What a conversion does to a weight's values: nothing, or for pretraining from scratch ``row-normalised``, which divides the
     weights of each output by their norm. It changes the model's function."""
@@ -101,23 +106,46 @@ class PoetxConfig:
     inner: str = "inductor"
     """What compiles the rewritten graph: ``inductor``, or ``aot_eager`` for debugging."""
 
+    _named: ClassVar[frozenset[str]] = frozenset()
+
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
+        for field in dataclasses.fields(PoetxConfig):
             value = getattr(self, field.name)
             if isinstance(field.default, tuple):
                 value = self._names(field.name, value)
             elif isinstance(field.default, float) and type(value) is int:
                 value = float(value)
-            if type(value) is not type(field.default):
+            if type(value) is not type(field.default) and field.name != "memory":
                 expected = type(field.default).__name__
                 raise PoetxError(f"poetx: option {field.name!r} must be {expected}, not {value!r}")
             object.__setattr__(self, field.name, value)
         self._check_numbers()
+        self._check_memory()
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 allowed = ", ".join(map(str, choices))
                 raise PoetxError(f"poetx: option {name!r} must be one of {allowed}, not {getattr(self, name)!r}")
         self._check_storage()
+
+    @classmethod
+    def of_options(cls, options: Mapping[str, Any]) -> PoetxConfig:
+        """Settings that remember which of them were named, so that ``memory`` leaves these alone."""
+        config = cls(**options)
+        object.__setattr__(config, "_named", frozenset(options))
+        return config
+
+    @property
+    def movable(self) -> frozenset[str]:
+        """What ``memory`` may choose: no option that was named, and no field that is not at its default."""
+        defaults = {field.name: field.default for field in dataclasses.fields(PoetxConfig)}
+        open_ = {name for name in _MOVABLE - self._named if getattr(self, name) == defaults[name]}
+        return frozenset(open_ if self.route != "dense" and self.residual_bits == 8 else open_ - {"storage"})
+
+    def _check_memory(self) -> None:
+        if self.memory != "auto" and not (type(self.memory) is float and 0 <= self.memory < float("inf")):
+            raise PoetxError(
+                f"poetx: option 'memory' must be 'auto', or gigabytes such as 24.0 (0 for no limit), not {self.memory!r}"
+            )
 
     def _check_storage(self) -> None:
         if self.storage != "folded" and self.route == "dense":
@@ -183,4 +211,4 @@ def split_options(options: Mapping[str, Any] | None, mode: str | None) -> tuple[
             close = difflib.get_close_matches(str(name), sorted(ours | inductors), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; poetx knows {', '.join(sorted(ours))}"
             raise PoetxError(f"poetx: unknown option {name!r}{hint}")
-    return PoetxConfig(**settings), patches
+    return PoetxConfig.of_options(settings), patches

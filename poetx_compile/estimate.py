@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ._torch import activation_budget, copy_graph, fake_tensors, partition_with_inductor, storage_of
+from ._torch import activation_budget, copy_graph, fake_tensors, partition_with_inductor
 from .base import BASES
 from .config import PoetxConfig
 from .conversion import storage_for
@@ -17,10 +17,10 @@ from .errors import PoetxError
 from .factor import SKEWS_PER_BATCH, OrthogonalFactor
 from .kernels import HALF
 from .kernels.ops import WIDEST
-from .liveness import Alive, Walk, nbytes
-from .passes import LinearMatch, choose_route, match, normalize, rewrite, supply
+from .liveness import Alive, Graphs, nbytes
+from .passes import LinearMatch, SkipReason, choose_route, match, normalize, rewrite, supply
+from .stepper import ADAMW, Stepper
 
-_STATES = 2
 _CAYLEY_COPIES = 6
 """Arrays of ``[r, b, b]`` float16, or as large, that the kernels of a batch of rotations hold, beside what they make."""
 
@@ -33,7 +33,7 @@ class Estimate:
         weights: all parameters, and buffers.
         residuals: the bits below half-precision weights; of lean ones the rotations since their base.
         q: skew parameters, and the channels of their blocks.
-        states: of AdamW: two numbers for each number that is trained.
+        states: of the optimizer.
         gradients, activations, logits, scratch: of what is alive at the peak: gradients made so far; what the forward pass saved
             and the backward pass did not use yet; such of it, and of the scratch, as is as wide as the vocabulary; the rest.
         at: when the peak is: ``forward``, ``backward`` or ``step``.
@@ -64,28 +64,59 @@ class Traced:
     """A model's graphs as Inductor would compile them, and its rotated weights; made by :func:`trace`.
 
     Attributes:
-        ordinary: parameters that are not rotated.
+        fake: the mode to which all tensors here belong.
+        weights: all parameters.
         buffers: bytes.
-        forwards, backwards: in the order in which they were compiled.
-        lasting: storages that these graphs read and nobody frees: of parameters, buffers, factors.
+        remembered: why a weight stays ordinary though a graph could rotate it.
+        matches, factors: of rotated weights, by their identity.
+        unseen: whether lean weights are made in these graphs, which were traced with folded ones.
     """
 
-    factors: list[OrthogonalFactor]
-    ordinary: list[nn.Parameter]
-    buffers: int
+    fake: Any
     weights: list[nn.Parameter]
-    vocabulary: int | None
-    forwards: list[fx.GraphModule] = field(default_factory=list)
-    backwards: list[fx.GraphModule] = field(default_factory=list)
-    lasting: set[object] = field(default_factory=set)
+    buffers: int
+    graphs: Graphs
+    remembered: Callable[[nn.Parameter], SkipReason | None] = lambda weight: None
+    matches: dict[int, LinearMatch] = field(default_factory=dict)
+    factors: dict[int, OrthogonalFactor] = field(default_factory=dict)
+    unseen: bool = False
 
-    def note(self, graph: fx.GraphModule, is_backward: bool, lasting: Sequence[int]) -> None:
-        if is_backward:
-            self.backwards.append(graph)
-            return
-        self.forwards.append(graph)
-        inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        self.lasting.update(storage_of(inputs[index].meta["val"]) for index in lasting)
+    @property
+    def ordinary(self) -> list[nn.Parameter]:
+        """Parameters that are not rotated."""
+        return [weight for weight in self.weights if id(weight) not in self.factors]
+
+    def add(self, found: LinearMatch, config: PoetxConfig) -> OrthogonalFactor:
+        """The factor of a weight that some graph uses so; the first use decides how it is stored."""
+        key = id(found.weight)
+        if key not in self.factors:
+            self.matches[key] = found
+            self.factors[key] = _planned(found, config)
+        return self.factors[key]
+
+    def take(self, gm: fx.GraphModule, inputs: Sequence[Any], config: PoetxConfig) -> Callable[..., Any]:
+        """Convert, partition and note one graph; what would run it.
+
+        Args:
+            gm: edited in place.
+            inputs: fake.
+        """
+        with self.fake:  # Dynamo left it to call this
+            extra, kept = _convert(gm, inputs, config, self)
+        return self.partition(gm, inputs, extra, kept, config.activation_memory_budget)
+
+    def partition(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], extra: list[Tensor], kept: Sequence[int], budget: float
+    ) -> Callable[..., Any]:
+        with activation_budget(budget):
+            partitioned = partition_with_inductor(gm, [*(inputs[place] for place in kept), *extra], self.graphs.note)
+        return lambda *args: partitioned(*(args[place] for place in kept), *extra)
+
+    def stored_as(self, config: PoetxConfig) -> Traced:
+        """The same graphs, traced with folded weights, and weights stored by other settings."""
+        with self.fake:
+            made = {key: _planned(found, config) for key, found in self.matches.items()}
+        return replace(self, factors=made, unseen=True)
 
 
 class _Planned(OrthogonalFactor):
@@ -115,56 +146,53 @@ def trace(
     torch._dynamo.reset()
     with fake_tensors() as fake:
         model = build().train()
-        planned: dict[int, _Planned] = {}
-        buffers = sum(map(nbytes, model.buffers()))
-        traced = Traced([], [], buffers, list(model.parameters()), vocabulary)
+        traced = Traced(fake, list(model.parameters()), sum(map(nbytes, model.buffers())), Graphs(vocabulary))
 
         def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            extra: list[Tensor] = []
             edited = copy_graph(gm)
-            kept: Sequence[int] = range(len(inputs))
-            if config is not None and torch.is_grad_enabled():
-                with fake:  # Dynamo left it to call this
-                    extra, kept = _convert(edited, inputs, config, planned)
-            with activation_budget(config.activation_memory_budget if config else 1.0):
-                partitioned = partition_with_inductor(edited, [*(inputs[place] for place in kept), *extra], traced.note)
-            return lambda *args: partitioned(*(args[place] for place in kept), *extra)
+            if config is None or not torch.is_grad_enabled():
+                return traced.partition(edited, inputs, [], range(len(inputs)), 1.0)
+            return traced.take(edited, inputs, config)
 
         loss(torch.compile(model, backend=backend)).backward()
-        traced.factors = list(planned.values())
-        traced.ordinary = [weight for weight in traced.weights if id(weight) not in planned]
     torch._dynamo.reset()
     if config is not None and not traced.factors:
         raise PoetxError("poetx: no linear layer of this model can be converted")
     return traced
 
 
-def estimate(traced: Traced, residual_bits: int = 8, is_fused: bool = False) -> Estimate:
-    """Memory of a step on a GPU, with AdamW.
-
-    Args:
-        is_fused: whether with ``AdamW(fused=True)``, which writes nothing beside its states; torch's default takes a root of each
-            second moment first, of all parameters of one dtype at once.
+def estimate(traced: Traced, residual_bits: int = 8, stepper: Stepper = ADAMW) -> Estimate:
+    """Memory of a step on a GPU.
 
     Of the activations it counts what Inductor's partitioner saves; of the scratch what matrix products, attention and
     reductions write, and what stands between two of them. Pointwise arithmetic is taken for fused.
     """
-    factors = traced.factors
-    lean = [(factor, factor.base) for factor in factors if factor.base is not None]
+    fixed = _kept(traced, residual_bits, stepper)
+    factors = list(traced.factors.values())
+    trained = [weight for weight in traced.ordinary if weight.requires_grad]
+    gradients = sum(map(nbytes, trained)) + sum(nbytes(factor.q) for factor in factors)
+    made = Alive(scratch=_made(traced))
+    moments = [fixed, *(_at(fixed, name, alive + made) for name, alive in traced.graphs.peaks)]
+    updates = [] if stepper.is_fused else _by_dtype([*trained, *(factor.q for factor in factors)])
+    scratch = max([*updates, _rotations(factors) + _fold(factors, residual_bits)])
+    moments.append(_at(fixed, "step", Alive(gradients=gradients, scratch=scratch)))
+    saved = traced.graphs.saved
+    return replace(max(moments, key=lambda moment: moment.total), saved=saved.activations + saved.logits)
+
+
+def _kept(traced: Traced, residual_bits: int = 8, stepper: Stepper = ADAMW) -> Estimate:
+    """The part that is there at all moments of a step."""
+    factors = list(traced.factors.values())
     weights = sum(map(nbytes, traced.weights)) + traced.buffers
-    weights += sum(base.number_bytes - nbytes(factor.weight) for factor, base in lean)
-    unpacked = max((factor.weight.numel() for factor, _ in lean), default=0)  # the residual while a weight is made
-    residuals = sum(_residual(factor, residual_bits) for factor in factors)
+    weights += sum(factor.base.number_bytes - nbytes(factor.weight) for factor in factors if factor.base is not None)
     skews = sum(nbytes(factor.q) for factor in factors)
     channels = sum(nbytes(factor.row_channels) + nbytes(factor.column_channels) for factor in factors)
-    trained = [weight for weight in traced.ordinary if weight.requires_grad]
-    gradients = sum(map(nbytes, trained)) + skews
-    states = _STATES * gradients
-    fixed = Estimate(
+    trained = sum(nbytes(weight) for weight in traced.ordinary if weight.requires_grad)
+    return Estimate(
         weights=weights,
-        residuals=residuals,
+        residuals=sum(_residual(factor, residual_bits) for factor in factors),
         q=skews + channels,
-        states=states,
+        states=stepper.states * trained + stepper.skew_states * skews,
         gradients=0,
         activations=0,
         logits=0,
@@ -173,22 +201,12 @@ def estimate(traced: Traced, residual_bits: int = 8, is_fused: bool = False) -> 
         saved=0,
         converted=_converted(traced),
     )
-    moments = [fixed]
-    kept = Alive()
-    for graph in traced.forwards:
-        walk = Walk(graph, False, traced.vocabulary)
-        moments.append(_at(fixed, "forward", kept + walk.peak() + Alive(scratch=unpacked)))
-        kept += walk.outputs()
-    backwards = [Walk(graph, True, traced.vocabulary, traced.lasting) for graph in traced.backwards]
-    saved = kept = sum((walk.saved() for walk in backwards), Alive())
-    for walk in backwards:
-        kept -= walk.saved()
-        moments.append(_at(fixed, "backward", kept + walk.peak() + Alive(scratch=unpacked)))
-        kept += walk.outputs()
-    updates = [] if is_fused else _by_dtype([*trained, *(factor.q for factor in factors)])
-    scratch = max([*updates, _rotations(factors) + _fold(factors, residual_bits)])
-    moments.append(_at(fixed, "step", Alive(gradients=gradients, scratch=scratch)))
-    return replace(max(moments, key=lambda moment: moment.total), saved=saved.activations + saved.logits)
+
+
+def _made(traced: Traced) -> int:
+    """Bytes of the largest lean weight while a product needs it, as far as the graphs do not show it."""
+    weights = [factor.weight for factor in traced.factors.values() if factor.base is not None]
+    return max((weight.numel() + (nbytes(weight) if traced.unseen else 0) for weight in weights), default=0)
 
 
 def _at(fixed: Estimate, at: str, alive: Alive) -> Estimate:
@@ -196,19 +214,15 @@ def _at(fixed: Estimate, at: str, alive: Alive) -> Estimate:
 
 
 def _convert(
-    gm: fx.GraphModule, inputs: Sequence[Any], config: PoetxConfig, planned: dict[int, _Planned]
+    gm: fx.GraphModule, inputs: Sequence[Any], config: PoetxConfig, traced: Traced
 ) -> tuple[list[Tensor], Sequence[int]]:
     """Rewrite a graph; what it takes beside its inputs, and which of these it still takes."""
     given = dict(zip([node for node in gm.graph.nodes if node.op == "placeholder"], inputs))
     normalize(gm, given)
     rewritten: list[tuple[LinearMatch, OrthogonalFactor]] = []
     lean: list[tuple[fx.Node, OrthogonalFactor]] = []
-    for found in match(gm, given, config)[0]:
-        storage = storage_for(found, config)
-        made = _Planned(found.weight, found.name, config, found.stack.shape, storage)
-        factor = planned.setdefault(id(found.weight), made)
-        if factor is made and storage != "folded":
-            factor.base = BASES[storage](found.weight, factor.stack)
+    for found in match(gm, given, config, traced.remembered)[0]:
+        factor = traced.add(found, config)
         factor.route = choose_route(found, config)
         if factor.route == "gram":
             rewritten.append((found, factor))
@@ -220,12 +234,20 @@ def _convert(
     return added.tensors, [place for place, node in enumerate(given) if node not in dropped]
 
 
+def _planned(found: LinearMatch, config: PoetxConfig) -> OrthogonalFactor:
+    storage = storage_for(found, config)
+    factor = _Planned(found.weight, found.name, config, found.stack.shape, storage)
+    if storage != "folded":
+        factor.base = BASES[storage](found.weight, factor.stack)
+    return factor
+
+
 def _by_dtype(tensors: Sequence[Tensor]) -> list[int]:
     return [sum(nbytes(tensor) for tensor in tensors if tensor.dtype == dtype) for dtype in {t.dtype for t in tensors}]
 
 
 def _converted(traced: Traced) -> float:
-    rotated = sum(factor.weight.numel() for factor in traced.factors)
+    rotated = sum(factor.weight.numel() for factor in traced.factors.values())
     return rotated / max(sum(weight.numel() for weight in traced.weights), 1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from .config import RESIDUAL_BITS, PoetxConfig
 from .errors import PoetxError
-from .estimate import Estimate, estimate, trace
+from .estimate import Estimate, Traced, estimate, trace
+from .ladder import CATEGORIES, choose
+from .stepper import Stepper
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _FIELDS = {
@@ -27,7 +29,6 @@ _FIELDS = {
     "kv_heads": "num_key_value_heads",
     "vocab": "vocab_size",
 }
-_CATEGORIES = ("weights", "residuals", "q", "states", "gradients", "activations", "logits", "scratch")
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
@@ -39,6 +40,14 @@ class Choice:
     estimate: Estimate
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Ways to train, and in words what ``memory`` would do on the card, where that was asked."""
+
+    choices: list[Choice]
+    memory: str = ""
+
+
 def run(
     model: str,
     gpu: str | None,
@@ -46,18 +55,20 @@ def run(
     batch: int,
     dtype: str = "bfloat16",
     block_size: int = PoetxConfig.block_size,
-    storage: str = PoetxConfig.storage,
-    skew_dtype: str = PoetxConfig.skew_dtype,
-    activation_memory_budget: float = PoetxConfig.activation_memory_budget,
+    storage: str = "auto",
+    skew_dtype: str | None = None,
+    activation_memory_budget: float | None = None,
     ordinary: bool = False,
     fused: bool = False,
     console: Console | None = None,
 ) -> bool:
-    """Print an estimate for each number of residual bits, or for a lean storage, and tell whether the leanest fits.
+    """Print an estimate for each number of residual bits, or for a lean storage, and tell whether any fits.
 
     Args:
         model: a transformers ``config.json``, its folder, or ``llama:hidden=4096,layers=32,...``.
         gpu: memory of the card, ``24GB``; None to print sizes only.
+        storage: ``auto`` for folded weights, and for what the option ``memory`` would take on the card.
+        skew_dtype, activation_memory_budget: None for the default, which ``memory`` may change.
         seq, batch: tokens of a sequence, and sequences of a micro-batch.
         ordinary: estimate ``torch.compile`` with AdamW too, for comparison.
         fused: whether AdamW is the fused one.
@@ -68,21 +79,33 @@ def run(
     if min(seq, batch) < 1:
         raise PoetxError(f"poetx: --seq and --batch must be 1 or more, not {seq} and {batch}")
     card = None if gpu is None else parse_size(gpu)
-    settings = PoetxConfig(
-        block_size=block_size, storage=storage, skew_dtype=skew_dtype, activation_memory_budget=activation_memory_budget
-    )
-    choices = plan(read_config(model), seq, batch, DTYPES[dtype], settings, ordinary, fused)
-    (console or Console()).print(_table(choices, card, f"{model}, {batch} × {seq} tokens, {dtype}, {'fused ' * fused}AdamW"))
-    return card is None or any(choice.estimate.total <= card for choice in choices)
+    options = {"storage": storage, "skew_dtype": skew_dtype, "activation_memory_budget": activation_memory_budget}
+    given = {name: value for name, value in options.items() if value not in (None, "auto")}
+    settings = PoetxConfig.of_options({"block_size": block_size} | given)
+    limit = card if storage == "auto" else None
+    found = plan(read_config(model), seq, batch, DTYPES[dtype], settings, ordinary, fused, limit)
+    console = console or Console()
+    console.print(_table(found.choices, card, f"{model}, {batch} × {seq} tokens, {dtype}, {'fused ' * fused}AdamW"))
+    if found.memory:
+        console.print(found.memory, highlight=False)
+    return card is None or any(choice.estimate.total <= card for choice in found.choices)
 
 
 def plan(
-    config: Any, seq: int, batch: int, dtype: torch.dtype, settings: PoetxConfig, ordinary: bool = False, fused: bool = False
-) -> list[Choice]:
+    config: Any,
+    seq: int,
+    batch: int,
+    dtype: torch.dtype,
+    settings: PoetxConfig,
+    ordinary: bool = False,
+    fused: bool = False,
+    limit: float | None = None,
+) -> Plan:
     """Estimates for a causal language model: with every number of residual bits where its weights are folded, 8 first.
 
     Args:
         config: of transformers.
+        limit: bytes, for what ``memory`` would choose.
     """
     from transformers import AutoModelForCausalLM
 
@@ -97,16 +120,29 @@ def plan(
         return model(input_ids=ids, labels=ids).loss
 
     vocabulary = config.get_text_config().vocab_size
+    stepper = Stepper(is_fused=fused)
     traced = trace(build, loss, settings, vocabulary)
     if dtype == torch.float32:
-        choices = [Choice("poetx", estimate(traced, is_fused=fused))]
+        choices = [Choice("poetx", estimate(traced, stepper=stepper))]
     elif settings.storage == "folded":
-        choices = [Choice(f"residual_bits={number}", estimate(traced, number, fused)) for number in RESIDUAL_BITS]
+        choices = [Choice(f"residual_bits={number}", estimate(traced, number, stepper)) for number in RESIDUAL_BITS]
     else:
-        choices = [Choice(f"storage={settings.storage}", estimate(traced, is_fused=fused))]
+        choices = [Choice(f"storage={settings.storage}", estimate(traced, stepper=stepper))]
     if ordinary:
-        choices.append(Choice("ordinary", estimate(trace(build, loss, None, vocabulary), is_fused=fused)))
-    return choices
+        choices.append(Choice("ordinary", estimate(trace(build, loss, None, vocabulary), stepper=stepper)))
+    if limit is None:
+        return Plan(choices)
+
+    def again(rung: PoetxConfig) -> Traced:
+        is_same = rung.activation_memory_budget == settings.activation_memory_budget
+        return traced if is_same else trace(build, loss, rung, vocabulary)
+
+    try:
+        chosen = choose(replace(settings, memory=limit / 1e9), limit, again, stepper, settings.movable)
+    except PoetxError as error:
+        return Plan(choices, str(error))
+    assert chosen.estimate is not None
+    return Plan([*choices, Choice("auto", chosen.estimate)], str(chosen))
 
 
 def read_config(text: str) -> Any:
@@ -166,9 +202,9 @@ def _table(choices: Sequence[Choice], card: float | None, title: str) -> Table:
     table.add_column("")
     for choice in choices:
         table.add_column(choice.name, justify="right")
-    for category in _CATEGORIES:
+    for category in CATEGORIES:
         sizes = (_gigabytes(getattr(choice.estimate, category)) for choice in choices)
-        table.add_row(category, *sizes, end_section=category == _CATEGORIES[-1])
+        table.add_row(category, *sizes, end_section=category == CATEGORIES[-1])
     table.add_row("total", *(_gigabytes(choice.estimate.total) for choice in choices))
     table.add_row("peak in", *(choice.estimate.at for choice in choices))
     if card is not None:

@@ -1,9 +1,10 @@
-"""Which tensors of a compiled graph are alive when: a walk over an aten graph, in the order in which it runs."""
+"""Which tensors of compiled graphs are alive when: walks over aten graphs, in the order in which they run."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx
@@ -129,6 +130,55 @@ class Walk:
             name = {"saved": "activations", "output": outputs, "scratch": "scratch"}[storage.kind]
             sizes["logits" if storage.is_logits and name != "gradients" else name] += storage.size
         return Alive(**sizes)
+
+
+@dataclass
+class Graphs:
+    """What Inductor would compile for one forward and backward pass, in that order.
+
+    Attributes:
+        vocabulary: the last dimension of logits.
+        lasting: storages that these graphs read and nobody frees: of parameters, buffers, factors.
+    """
+
+    vocabulary: int | None = None
+    forwards: list[fx.GraphModule] = field(default_factory=list)
+    backwards: list[fx.GraphModule] = field(default_factory=list)
+    lasting: set[object] = field(default_factory=set)
+
+    def note(self, graph: fx.GraphModule, is_backward: bool, lasting: Sequence[int]) -> None:
+        """Take up what :func:`._torch.partition_with_inductor` hands out."""
+        if is_backward:
+            self.backwards.insert(0, graph)
+            return
+        self.forwards.append(graph)
+        inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        self.lasting.update(storage_of(inputs[index].meta["val"]) for index in lasting)
+
+    @cached_property
+    def peaks(self) -> list[tuple[str, Alive]]:
+        """The largest moment of each graph, named ``forward`` or ``backward``, with what other graphs hold meanwhile."""
+        moments = []
+        kept = Alive()
+        for graph in self.forwards:
+            walk = Walk(graph, False, self.vocabulary)
+            moments.append(("forward", kept + walk.peak()))
+            kept += walk.outputs()
+        kept = self.saved
+        for walk in self._backwards:
+            kept -= walk.saved()
+            moments.append(("backward", kept + walk.peak()))
+            kept += walk.outputs()
+        return moments
+
+    @cached_property
+    def saved(self) -> Alive:
+        """What forward graphs leave for backward graphs."""
+        return sum((walk.saved() for walk in self._backwards), Alive())
+
+    @cached_property
+    def _backwards(self) -> list[Walk]:
+        return [Walk(graph, True, self.vocabulary, self.lasting) for graph in self.backwards]
 
 
 def _is_kernel(node: fx.Node) -> bool:

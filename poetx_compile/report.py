@@ -18,6 +18,7 @@ from . import conversion, initial
 from ._torch import live_optimizers, own_grad
 from .factor import OrthogonalFactor, factors
 from .kernels import HALF
+from .ladder import Chosen
 
 _ASSUMED_STATES = 2
 _WIDTH = 140
@@ -71,10 +72,12 @@ class Report:
     Attributes:
         rows: one for each parameter.
         states_known: whether the states of its optimizer were seen; before the first step two for each number are assumed.
+        chosen: what the option ``memory`` chose, with its estimate; None without it.
     """
 
     rows: tuple[Row, ...]
     states_known: bool
+    chosen: Chosen | None = None
 
     @property
     def before(self) -> Bytes:
@@ -93,6 +96,8 @@ class Report:
         """Write both tables; layers that differ only in their number share a line."""
         console = console or Console(width=None if sys.stdout.isatty() else _WIDTH)
         console.print(self._parameters(), self._totals())
+        if self.chosen is not None:
+            console.print(str(self.chosen), highlight=False)
 
     def __str__(self) -> str:
         text = io.StringIO()
@@ -137,7 +142,8 @@ def build_report(model: nn.Module) -> Report:
     }
     known = any(owners[id(parameter)].state.get(parameter) for parameter in model.parameters() if id(parameter) in owners)
     rows = [_row(name, parameter, owners.get(id(parameter)), known) for name, parameter in model.named_parameters()]
-    return Report(tuple(rows), known)
+    chosen = (factor.config for factor in factors.of_module(model) if isinstance(factor.config, Chosen))
+    return Report(tuple(rows), known, next(chosen, None))
 
 
 def _row(name: str, parameter: nn.Parameter, owner: Optimizer | None, known: bool) -> Row:

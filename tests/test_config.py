@@ -47,6 +47,12 @@ WRONG = [
     ("activation_memory_budget", -0.1, "'activation_memory_budget' must be from 0 to 1"),
     ("activation_memory_budget", float("nan"), "'activation_memory_budget' must be from 0 to 1"),
     ("activation_memory_budget", "0.5", "'activation_memory_budget' must be float"),
+    ("memory", "all", "'memory' must be 'auto', or gigabytes such as 24.0 .0 for no limit., not 'all'"),
+    ("memory", -1.0, "'memory' must be 'auto', or gigabytes"),
+    ("memory", float("inf"), "'memory' must be 'auto', or gigabytes"),
+    ("memory", float("nan"), "'memory' must be 'auto', or gigabytes"),
+    ("memory", True, "'memory' must be 'auto', or gigabytes"),
+    ("memory", None, "'memory' must be 'auto', or gigabytes"),
     ("exclude", "gate", "'exclude' must be a list of names, not 'gate'"),
     ("exclude", ["gate", 3], "'exclude' must be a list of names"),
     ("exclude", None, "'exclude' must be a list of names, not None"),
@@ -115,6 +121,10 @@ def test_a_whole_number_is_a_scale() -> None:
     scale = PoetxConfig(scale=2).scale
     assert isinstance(scale, float)
     assert scale == 2.0
+
+
+def test_memory_is_gigabytes_or_auto() -> None:
+    assert [PoetxConfig(memory=value).memory for value in (24, 24.0, "auto", 0)] == [24.0, 24.0, "auto", 0.0]
 
 
 @pytest.mark.parametrize("kind", [list, tuple, iter], ids=["list", "tuple", "iterator"])

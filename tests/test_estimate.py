@@ -151,6 +151,31 @@ def test_an_activation_budget_is_estimated(budget: float) -> None:
     assert found.saved == saved_bytes(model, torch.compile(model, backend="poetx", options=options), loss)
 
 
+def test_of_several_graphs_the_backwards_are_listed_as_they_run() -> None:
+    def build() -> nn.Module:
+        return nn.ModuleList([nn.Linear(64, 96, bias=False), nn.Linear(96, 128, bias=False)])
+
+    def loss(model: Any) -> Tensor:
+        return model(torch.zeros(32, 64)).square().mean()
+
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = build()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layers[0](x)
+            torch._dynamo.graph_break()
+            return self.layers[1](x)
+
+    graphs = trace(Broken, loss, PoetxConfig(block_size=32)).graphs
+    assert [name for name, _ in graphs.peaks] == ["forward", "forward", "backward", "backward"]
+    tangents = [
+        [node.meta["val"].shape for node in graph.graph.nodes if node.op == "placeholder"][-1] for graph in graphs.backwards
+    ]
+    assert [shape[1] for shape in tangents] == [128, 96]
+
+
 def test_nothing_is_allocated() -> None:
     """A layer of 40 GB."""
 

@@ -42,6 +42,25 @@ def test_a_lean_storage_is_estimated_alone(storage: str) -> None:
     assert "residual_bits" not in text
 
 
+def test_what_memory_would_take_on_the_card_is_shown() -> None:
+    _, text = printed(gpu="1GB")
+    assert "auto" in text
+    assert "memory=1.0 takes storage=folded, skew_dtype=float32, activation_memory_budget=1.0: estimated peak" in text
+    assert "memory=" not in printed(gpu=None)[1], "no card, no choice"
+    assert "memory=" not in printed(storage="int8")[1], "nor where a storage is named"
+
+
+def test_what_memory_would_take_leaves_named_settings_alone() -> None:
+    _, text = printed(gpu="1GB", skew_dtype="bfloat16", activation_memory_budget=0.7)
+    assert "memory=1.0 takes storage=folded, skew_dtype=bfloat16, activation_memory_budget=0.7" in text
+
+
+def test_where_nothing_fits_the_leanest_is_said() -> None:
+    fits, text = printed(gpu="100KB")
+    assert not fits
+    assert "no settings fit memory=0.0001 " in text.replace("\n", " ")
+
+
 def test_what_does_not_fit_is_said() -> None:
     fits, text = printed(gpu="100KB")
     assert not fits

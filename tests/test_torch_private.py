@@ -74,6 +74,8 @@ def test_every_function_is_pinned_here() -> None:
         "distributed_wrapper",
         "fake_beside",
         "explain_failed_loads",
+        "_fake_input",
+        "fake_inputs",
         "fake_tensors",
         "functorch_nodes",
         "global_state_check",
@@ -87,6 +89,7 @@ def test_every_function_is_pinned_here() -> None:
         "live_inputs",
         "live_optimizers",
         "map_tensors",
+        "modules_with",
         "notice_changed",
         "_fake",
         "_is_for_us",
@@ -364,6 +367,39 @@ def test_inductor_hands_out_both_graphs_before_it_compiles() -> None:
     names = [node.name for node in placeholders(backward)]
     assert names[-1].startswith("tangents")
     assert all("val" in node.meta for node in placeholders(backward))
+
+
+def test_inductor_hands_out_both_graphs_within_a_call_of_dynamos_and_leaves_that_alone() -> None:
+    """Of a model whose sizes are symbolic there, and numbers here; a number in a tensor is itself."""
+    graphs: list[tuple[fx.GraphModule, bool, Sequence[int]]] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        context = torch._guards.TracingContext.try_get()
+        copied = _torch.copy_graph(gm)
+        with _torch.fake_inputs(copied, _torch.live_inputs(gm, inputs)) as (fake, shown):
+            assert torch._guards.detect_fake_mode(shown) is fake
+            assert all(type(size) is int for value in shown if torch.is_tensor(value) for size in value.shape)
+            _torch.partition_with_inductor(copied, shown, lambda *graph: graphs.append(graph))
+        assert torch._guards.TracingContext.try_get() is context
+        return _torch.compile_with_aot_eager(gm, inputs)
+
+    net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.25))
+    start = torch.get_rng_state()
+    y = torch.compile(net, backend=backend, dynamic=True)(torch.zeros(5, 3))
+    torch.set_rng_state(start)
+    torch._dynamo.reset()
+    assert torch.equal(y, torch.compile(net, backend="aot_eager", dynamic=True)(torch.zeros(5, 3)))
+    forward, backward = graphs[-2:]
+    assert [is_backward for _, is_backward, _ in (forward, backward)] == [False, True]
+    sizes = {tuple(node.meta["val"].shape) for node in placeholders(forward[0]) if torch.is_tensor(node.meta["val"])}
+    assert {(4,), (4, 3), (5, 3)} <= sizes
+
+
+def test_modules_that_hold_a_parameter_are_found_with_those_that_hold_them() -> None:
+    inner, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    outer = nn.Sequential(inner, nn.ReLU())
+    assert {id(module) for module in _torch.modules_with([inner.bias])} == {id(inner), id(outer)}
+    assert {id(module) for module in _torch.modules_with([other.bias])} == {id(other)}
 
 
 # --- Gradients -------------------------------------------------------------------------------------------------------
