@@ -44,6 +44,9 @@ SUITES = {
         "Orthogonalised updates of rotations (SkewMuon): rate and momentum",
         (
             *over("poetx-muon", "lr", 2e-3, 4e-3, 1e-3, 8e-3),
+            *over("poetx-muon:lr=8e-3:scale=0.5", "init", "row-normalised", "keep"),
+            "poetx-muon:lr=4e-3:init=row-normalised",
+            "poetx-muon:lr=1.6e-2:scale=0.25",
             "poetx-muon:lr=2e-3:nesterov=False",
             "poetx-muon:lr=2e-3:momentum=0.9",
             "poetx-muon:lr=2e-3:scale=2.0",
@@ -54,7 +57,7 @@ SUITES = {
         "What else a tuned AdamW may take: momentum of its second moment, initial weights, weight decay",
         (
             "adamw:dtype=autocast:lr=2e-3:std=0.02",
-            "adamw:dtype=autocast:lr=2e-3:beta2=0.95",
+            *over("adamw:dtype=autocast:beta2=0.95", "lr", 2e-3, 4e-3, 1e-3),
             "adamw:dtype=autocast:lr=2e-3:weight_decay=0.1",
             *over("adamw:dtype=autocast:std=0.02:beta2=0.95:weight_decay=0.1", "lr", 2e-3, 1e-3, 4e-3),
             "muon:dtype=autocast:lr=2e-3:std=0.02",
@@ -63,9 +66,17 @@ SUITES = {
     "official": Suite("The authors' code", ("official:lr=1e-3", "official:lr=2e-3:ratio=2")),
     "scale": Suite(
         "The scale of rotations against the rate of all else",
-        tuple(f"poetx:lr={rate}:scale={scale}" for rate in (2e-3, 1e-3) for scale in (1.0, 2.0, 0.5)),
+        (
+            *(f"poetx:lr={rate}:scale={scale}" for rate in (4e-3, 2e-3) for scale in (1.0, 0.5, 0.25, 2.0)),
+            *over("poetx:beta2=0.95", "lr", 2e-3, 4e-3),
+            *over("poetx:beta2=0.95:lr=4e-3", "scale", 0.5, 0.25),
+            "poetx:beta2=0.95:lr=8e-3:scale=0.25",
+        ),
     ),
-    "block": Suite("The block size", over("poetx:lr=2e-3", "block_size", 128, 512, 256)),
+    "block": Suite(
+        "The block size",
+        (*over("poetx:lr=2e-3", "block_size", 128, 512, 256), *over("poetx-muon:lr=4e-3", "block_size", 128, 512, 256)),
+    ),
     "precision": Suite(
         "The dtype of weights and of skew parameters, and the bits that a residual keeps",
         (
@@ -79,7 +90,8 @@ SUITES = {
     "init": Suite(
         "Initial weights: their size, and rows of norm 1",
         (
-            "poetx:lr=2e-3:init=row-normalised",
+            *over("poetx:init=row-normalised", "lr", 2e-3, 4e-3),
+            "poetx:lr=4e-3",
             "poetx:lr=2e-3:gain=2",
             "poetx:lr=2e-3:gain=0.5",
             "poetx:lr=2e-3:std=0.02",
@@ -92,6 +104,8 @@ SUITES = {
         (
             *over("poetx:lr=2e-3:permutation_period=200", "moments", "transport", "reset", "second", "keep"),
             *over("poetx:lr=2e-3:permutation_period=25", "moments", "transport", "second", "reset"),
+            *over("poetx-muon:lr=4e-3:permutation_period=25", "moments", "reset", "keep"),
+            "poetx-muon:lr=4e-3",
             "poetx:lr=2e-3",
         ),
     ),
