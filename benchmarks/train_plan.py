@@ -15,6 +15,7 @@ from train_run import Case
 
 from poetx_compile.config import split_options
 from poetx_compile.estimate import estimate, trace
+from poetx_compile.stepper import Stepper
 
 PLANNED = ("poetx", "adamw")
 
@@ -39,7 +40,7 @@ def planned_bytes(case: Case) -> int | None:
         return model(input_ids=ids, labels=ids, use_cache=False).loss
 
     traced = trace(build, loss, settings if spec.name == "poetx" else None, case.shape.vocabulary)
-    return estimate(traced, settings.residual_bits, is_fused=True).total
+    return estimate(traced, settings.residual_bits, Stepper(is_fused=True)).total
 
 
 def main(case_text: str, out: str) -> None:

@@ -36,8 +36,8 @@ def case(method: str, **changes: Any) -> Case:
 def test_a_case_is_planned_as_by_the_command(method: str, settings: dict[str, Any], place: int) -> None:
     config = forecast.read_config(MODEL)
     config.use_cache = False
-    choices = forecast.plan(config, 1024, 4, torch.bfloat16, PoetxConfig(**settings), ordinary=True, fused=True)
-    assert train_plan.planned_bytes(case(method)) == choices[place].estimate.total
+    found = forecast.plan(config, 1024, 4, torch.bfloat16, PoetxConfig(**settings), ordinary=True, fused=True)
+    assert train_plan.planned_bytes(case(method)) == found.choices[place].estimate.total
 
 
 @pytest.mark.parametrize("method", ["poetx:storage=int8", "adamw"])
