@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -211,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     board = Board(out, cases)
     board.update()
     left = [case for case in cases if not board.end(case.key)]
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the runs end with this process
     is_well = run_beside(left, board, args.jobs) if args.jobs else run_here(left, board)
     remaining = [key for key in args.keys if not board.end(key)]
     print(f"\n{len(args.keys) - len(remaining)} of {len(args.keys)} runs have ended", *map(board.told, remaining), sep="\n")

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -375,3 +380,37 @@ def test_the_authors_code_merges_after_each_step_and_has_its_rates(
     rows = [line.row for line in read_csv(out)]
     assert rows[-1].end == "finished"
     assert rows[1].lr == pytest.approx(0.02)
+
+
+def test_a_terminated_command_ends_its_runs(corpus: Path, tmp_path: Path) -> None:
+    child, note = tmp_path / "child.py", tmp_path / "pid"
+    child.write_text(
+        f"import os, pathlib, time\npathlib.Path({str(note)!r}).write_text(str(os.getpid()))\ntime.sleep(600)\n"
+    )
+    options = [
+        "--corpus",
+        str(corpus),
+        "--runs",
+        "poetx",
+        "--device",
+        "cpu",
+        "--jobs",
+        "1",
+        "--state",
+        str(tmp_path / "state"),
+    ]
+    program = f"import convergence, pathlib\nconvergence.CHILD = pathlib.Path({str(child)!r})\nconvergence.main({options!r})"
+    command = subprocess.Popen([sys.executable, "-c", program], cwd=BENCHMARKS)
+    while not (note.exists() and note.read_text()):
+        assert command.poll() is None
+        time.sleep(0.1)
+    command.send_signal(signal.SIGTERM)
+    assert command.wait(60) == 128 + signal.SIGTERM
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        try:
+            os.kill(int(note.read_text()), 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the run goes on")
