@@ -53,6 +53,11 @@ def checkpointed(node: fx.Node) -> fx.GraphModule | None:
     return region
 
 
+def context_function(region: fx.GraphModule) -> Callable[..., Any] | None:
+    """What decides which results of a checkpointed region are kept, where the user gave that decision to ``context_fn``."""
+    return region.meta.get("_checkpoint_context_fn")
+
+
 def add_input(gm: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
     """Append a placeholder for a long-lived tensor, whose storage never moves, after all others."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -400,7 +405,7 @@ def modules_with(parameters: Iterable[Tensor]) -> list[nn.Module]:
     """Every module alive in this process that holds one of these, itself or further down. Not for a hot path."""
     wanted = {id(parameter) for parameter in parameters}
     modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module) and "_parameters" in thing.__dict__]
-    return [module for module in modules if any(id(parameter) in wanted for parameter in module.parameters())]
+    return [module for module in modules if any(id(parameter) in wanted for parameter in nn.Module.parameters(module))]
 
 
 _STEP_WITH_HOOKS = Optimizer.profile_hook_step(lambda: None).__code__

@@ -76,7 +76,7 @@ def poetx(
     slots = [*taken, *others]
     shown = fake_beside(edited, added.tensors, example_inputs)
     inputs = [*(value for index, value in enumerate(example_inputs) if index not in dropped), *shown]
-    trace = retrace.Trace.of(edited, inputs, slots, dropped, config, patches) if lean else None
+    trace = retrace.Trace.of(edited, inputs, owned.values(), slots, dropped, config, patches) if lean else None
     known = retrace.find(trace)
     if known is not None:
         return known

@@ -84,6 +84,7 @@ def adopt(
             f"poetx: '{factor.name}' was converted before and is excluded now; exclude it from the first compilation on, or call "
             "poetx_compile.restore(model) between"
         )
+    factor.follow_weight()
     return factor
 
 

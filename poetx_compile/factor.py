@@ -81,8 +81,7 @@ class OrthogonalFactor:
         self.storage = storage
         self.base: Base | None = None
         self.origin: Tensor | None = None
-        bits = config.residual_bits if storage == "folded" else 0
-        self.residual = kernels.new_residual(weight, self.stack.shape, bits)
+        self.residual = self._new_residual()
         self.draw()
         self._shape = weight.shape
         self._dtype = weight.dtype
@@ -151,6 +150,11 @@ class OrthogonalFactor:
     def _skew_dtype(self, dtype: torch.dtype) -> torch.dtype:
         is_short = self.config.skew_dtype == "bfloat16" and dtype in kernels.HALF
         return torch.bfloat16 if is_short else kernels.master_dtype(dtype)
+
+    def _new_residual(self) -> Tensor | None:
+        return kernels.new_residual(
+            self.weight, self.stack.shape, self.config.residual_bits if self.storage == "folded" else 0
+        )
 
     def draw(self) -> None:
         """Write the permutations of the current epoch into place."""
@@ -286,7 +290,7 @@ class OrthogonalFactor:
         if self.base is not None:
             self.base.to(device)
         elif dtype != self._dtype:
-            self.residual = kernels.new_residual(weight, self.stack.shape, self.config.residual_bits)
+            self.residual = self._new_residual()
         elif self.residual is not None:
             self.residual = self.residual.to(device)
         self._dtype = dtype

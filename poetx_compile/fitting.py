@@ -42,13 +42,13 @@ def resolve(gm: fx.GraphModule, live: Sequence[Any], config: PoetxConfig) -> Poe
         return config
     weights = [value for value in live if isinstance(value, nn.Parameter)]
     modules = modules_with(weights)
-    weights = list(_unique([*weights, *(weight for module in modules for weight in module.parameters())]))
+    weights = list(_unique([*weights, *(weight for module in modules for weight in nn.Module.parameters(module))]))
     before = next((factor.config for weight in weights if (factor := factors.of_weight(weight)) is not None), None)
     if before is not None:
         return _as_before(config, before)
     if any(map(is_fake, live)):
         return config  # pieces of a graph, of weights that were converted before or are refused
-    buffers = sum(map(nbytes, _unique(buffer for module in modules for buffer in module.buffers())))
+    buffers = sum(map(nbytes, _unique(buffer for module in modules for buffer in nn.Module.buffers(module))))
     sketch = _Sketch(gm, live, weights, buffers, config)
     if not sketch.holds_weights:
         return config

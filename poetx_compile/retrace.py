@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, fx
 
+from ._torch import context_function
 from .config import PoetxConfig
+from .factor import OrthogonalFactor
 
 
 class Runtime(Protocol):
@@ -27,9 +29,15 @@ class Runtime(Protocol):
 
 @dataclass(frozen=True)
 class Trace:
-    """All that a compiled graph depends on, but for torch's global state."""
+    """All that a compiled graph depends on, but for torch's global state, and the weights that it was captured with.
+
+    Attributes:
+        functions: those that ``code`` names, since a name may stand for another one by now, and those of selective checkpoints.
+    """
 
     code: str
+    functions: tuple[Any, ...]
+    owners: tuple[ref[OrthogonalFactor], ...]
     inputs: tuple[Any, ...]
     settings: str
 
@@ -38,6 +46,7 @@ class Trace:
         cls,
         gm: fx.GraphModule,
         inputs: Sequence[Any],
+        owners: Iterable[OrthogonalFactor],
         slots: Sequence[Any],
         dropped: Collection[int],
         config: PoetxConfig,
@@ -48,16 +57,21 @@ class Trace:
         Args:
             gm: as it is to be compiled.
             inputs: live or fake values of its placeholders.
+            owners: the factors of its weights.
             slots, dropped: how a runtime finds them among the arguments that it is called with.
         """
-        if not all(isinstance(value, Tensor) for value in inputs) or not _is_constant_free(gm):
+        modules = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
+        nodes = [node for module in modules for node in module.graph.nodes]
+        if not all(isinstance(value, Tensor) for value in inputs) or any(map(_is_constant, nodes)):
             return None
         shapes = [(value.shape, value.stride()) for value in inputs]
         if any(isinstance(size, torch.SymInt) for sizes in shapes for part in sizes for size in part):
             return None
         facts = zip(shapes, ((value.dtype, value.device, value.requires_grad) for value in inputs))
         settings = repr((list(slots), sorted(dropped), config, sorted(patches.items())))
-        return cls(gm.print_readable(print_output=False), tuple(facts), settings)
+        called = (node.target for node in nodes if node.op == "call_function")
+        functions = *called, *map(context_function, modules)
+        return cls(gm.print_readable(print_output=False), functions, tuple(map(ref, owners)), tuple(facts), settings)
 
 
 _known: WeakValueDictionary[Trace, Runtime] = WeakValueDictionary()
@@ -75,11 +89,7 @@ def find(trace: Trace | None) -> Runtime | None:
     return runtime if runtime is not None and runtime.is_same_state() else None
 
 
-def _is_constant_free(gm: fx.GraphModule) -> bool:
-    modules = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
-    return all(
-        isinstance(getattr(module, node.target, None), fx.GraphModule)
-        for module in modules
-        for node in module.graph.nodes
-        if node.op == "get_attr"
+def _is_constant(node: fx.Node) -> bool:
+    return node.op == "get_attr" and not isinstance(
+        getattr(node.graph.owning_module, str(node.target), None), fx.GraphModule
     )

@@ -254,6 +254,18 @@ def test_graph_breaks_count_all_parameters_and_say_what_is_missing(caplog: pytes
     assert len(settings(model)) == 1
 
 
+def test_a_model_whose_parameters_method_takes_arguments_is_counted() -> None:
+    class Grouped(Net):
+        def parameters(self, group: str) -> Iterator[nn.Parameter]:  # type: ignore[override]
+            return nn.Module.parameters(self)
+
+    model = Grouped()
+    optimizer = torch.optim.AdamW(model.parameters("all"))
+    run = compiled(model, INT8)
+    step(run, optimizer)
+    assert {factor.storage for weight in model.parameters("all") if (factor := factors.of_weight(weight))} == {"int8"}
+
+
 def test_a_graph_that_cannot_be_estimated_is_refused_before_a_weight_is_touched() -> None:
     class Selecting(Net):
         def forward(self, x: Tensor) -> Tensor:

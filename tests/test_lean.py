@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from helpers import OPTIONS, Block, factor_of, loss, network, rotating, train, values
 from torch import Tensor, nn, optim
 from torch._dynamo.backends.common import aot_autograd
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import poetx_compile
 from poetx_compile import PoetxConfig, PoetxError, PoetxWarning, conversion, stand_in
@@ -227,6 +228,30 @@ def test_an_unknown_storage_is_refused_with_the_choices() -> None:
         PoetxConfig(storage="int4")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_model_that_moves_between_a_refused_call_and_the_next(dtype: torch.dtype) -> None:
+    """What was converted, and not stored lean for the numbers in it, follows its weight."""
+    model = network(HALF)
+    right = model[2].weight.detach().clone()
+    run = rotating(model, storage="int8")
+    with torch.no_grad():
+        model[2].weight[0, 0] = torch.nan
+    with pytest.raises(PoetxError, match="NaN"):
+        loss(run, 0, HALF)
+    with torch.no_grad():
+        model[2].weight.copy_(right)
+    model.to(dtype)
+    expected = loss(copy.deepcopy(model), 0, dtype)
+    found = loss(run, 0, dtype)
+    found.backward()
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    for place in (0, 2):
+        assert type(model[place].weight) is StandIn
+        assert factor_of(model[place].weight).residual is None
+        assert factor_of(model[place].weight).dtype == dtype
+    torch.testing.assert_close(loss(run, 1, dtype), loss(model, 1, dtype))
+
+
 # --- Compiling -------------------------------------------------------------------------------------------------------
 
 
@@ -278,6 +303,48 @@ def test_a_graph_for_other_shapes_is_compiled_anew(monkeypatch: pytest.MonkeyPat
     for size in (8, 5, 7, 8):
         run(torch.ones(size, 22, dtype=HALF)).sum().backward()
     assert len(seen) == 2
+
+
+def test_a_name_that_stands_for_another_function_by_now_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a cell of a notebook makes it that is run again, with a function that Dynamo leaves in the graph."""
+
+    class Net(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return act(super().forward(x))  # type: ignore[name-defined]  # noqa: F821
+
+    model = Net(32, 32, dtype=HALF)
+    run, x = rotating(model, storage="bf16-lean"), torch.ones(4, 32, dtype=HALF)
+    for act_now in (lambda x: x * 1, lambda x: x * 3):
+        act_now.__name__ = "act"
+        monkeypatch.setitem(globals(), "act", torch._dynamo.allow_in_graph(act_now))
+        for _ in range(2):
+            torch.testing.assert_close(run(x), model(x))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_another_choice_of_what_a_checkpoint_keeps_is_compiled_anew(same: bool) -> None:
+    asked = []
+
+    def keep(*operands: Any, **by_name: Any) -> CheckpointPolicy:
+        asked.append("keep")
+        return CheckpointPolicy.MUST_SAVE
+
+    def recompute(*operands: Any, **by_name: Any) -> CheckpointPolicy:
+        asked.append("recompute")
+        return CheckpointPolicy.MUST_RECOMPUTE
+
+    class Net(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=False, context_fn=self.keeps)
+
+    models = [Net(32, 32, dtype=HALF)] * 2 if same else [Net(32, 32, dtype=HALF) for _ in range(2)]
+    for model, policy in zip(models, (keep, recompute)):
+        model.keeps = partial(create_selective_checkpoint_contexts, policy)
+        asked.clear()
+        run = rotating(model, storage="bf16-lean")
+        for _ in range(2):
+            run(torch.ones(4, 32, dtype=HALF)).sum().backward()
+        assert set(asked) == {policy.__name__}
 
 
 def test_blocks_compiled_one_by_one_share_their_graph(monkeypatch: pytest.MonkeyPatch) -> None:

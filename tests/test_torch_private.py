@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, Optimizer
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from poetx_compile import _torch
 
@@ -69,6 +69,7 @@ def test_every_function_is_pinned_here() -> None:
         "checkpointed",
         "compile_with_aot_eager",
         "compile_with_inductor",
+        "context_function",
         "copy_graph",
         "count_in_ddp_pieces",
         "distributed_wrapper",
@@ -244,6 +245,19 @@ def test_a_checkpointed_region_is_copied_with_its_graph() -> None:
     assert torch.equal(_torch.copy_graph(gm)(x)[0], gm(x)[0])
 
 
+def test_a_selective_checkpoint_keeps_its_decision_with_its_region() -> None:
+    def decide() -> Any:
+        return create_selective_checkpoint_contexts([])
+
+    x = torch.ones(3, requires_grad=True)
+    for given in ({}, {"context_fn": decide}):
+        gm, _ = capture(functools.partial(checkpoint, torch.sin, use_reentrant=False, **given), x)
+        (region,) = [found for node in gm.graph.nodes if (found := _torch.checkpointed(node)) is not None]
+        assert _torch.context_function(region) is given.get("context_fn")
+        (copied,) = [found for node in _torch.copy_graph(gm).graph.nodes if (found := _torch.checkpointed(node)) is not None]
+        assert _torch.context_function(copied) is given.get("context_fn")
+
+
 def test_weight_norm_takes_the_direction_first() -> None:
     direction, magnitude = torch.randn(3, 4), torch.randn(3, 1)
     torch.testing.assert_close(_torch.WEIGHT_NORM(direction, magnitude, 0), F.normalize(direction) * magnitude)
@@ -400,6 +414,15 @@ def test_modules_that_hold_a_parameter_are_found_with_those_that_hold_them() -> 
     outer = nn.Sequential(inner, nn.ReLU())
     assert {id(module) for module in _torch.modules_with([inner.bias])} == {id(inner), id(outer)}
     assert {id(module) for module in _torch.modules_with([other.bias])} == {id(other)}
+
+
+def test_modules_that_hold_a_parameter_are_found_whatever_their_own_methods_take() -> None:
+    class Grouped(nn.Linear):
+        def parameters(self, group: str) -> Iterator[nn.Parameter]:  # type: ignore[override]
+            return super().parameters()
+
+    grouped = Grouped(2, 2)
+    assert [id(module) for module in _torch.modules_with([grouped.bias])] == [id(grouped)]
 
 
 # --- Gradients -------------------------------------------------------------------------------------------------------
