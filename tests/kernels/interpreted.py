@@ -15,7 +15,7 @@ from torch import Tensor
 
 from poetx_compile.kernels import dense, naive, triton_cayley, triton_gram, triton_rotate, triton_unpack, tuning
 from poetx_compile.kernels.gram import GramSide
-from poetx_compile.kernels.precision import PRECISIONS
+from poetx_compile.kernels.precision import PRECISIONS, UNIT, unscaled
 from poetx_compile.kernels.quantize import GROUP, dequantize, quantize_
 from poetx_compile.kernels.residual import decode, encode_
 from poetx_compile.kernels.tuning import GramTiles, RotateTiles
@@ -161,6 +161,25 @@ def test_rotate_keeps_zeros_and_spoils_no_more_than_it_must(dtype: torch.dtype, 
     assert abs(after[:, 20].norm() - length) < 3e-5
     others = [column for column in range(48) if column not in (5, 20)]
     assert not after[:, others].any()
+
+
+@given(
+    width=st.sampled_from((2, 8, 16, 24, 33, 64)),
+    count=st.integers(1, 3),
+    from_left=st.booleans(),
+    dtype=st.sampled_from((torch.float32, torch.float16)),
+)
+def test_multiply_(width: int, count: int, from_left: bool, dtype: torch.dtype) -> None:
+    skews = (torch.randn(count * width * (width - 1) // 2) for _ in range(2))
+    turn, step = (naive.cayley_neumann(skew, width, size) for skew, size in zip(skews, (0.3, 1e-2)))
+    step = step if dtype == torch.float32 else (step * UNIT).half()
+    exact = unscaled(step).double()
+    expected = turn.double() + (exact @ turn.double() if from_left else turn.double() @ exact)
+    guarded = torch.full((count + 2, width, width), math.nan)
+    inside = guarded[1:-1].copy_(turn)
+    triton_rotate.multiply_(inside, step, from_left)
+    assert relative(inside, expected) < 3e-7
+    assert guarded[[0, -1]].isnan().all()
 
 
 @given(
