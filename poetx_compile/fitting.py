@@ -17,7 +17,7 @@ from .config import PoetxConfig
 from .errors import PoetxError
 from .estimate import Traced
 from .factor import factors
-from .ladder import Chosen, choose, chosen_from
+from .ladder import Chosen, choose, chosen_from, moved
 from .liveness import Graphs, nbytes
 from .passes import SkipReason, match, normalize
 
@@ -128,6 +128,9 @@ def _as_before(config: PoetxConfig, before: PoetxConfig) -> PoetxConfig:
     settled = replace(config, **{name: getattr(before, name) for name in config.movable})
     if isinstance(before, Chosen) and before.estimate is not None:
         return chosen_from(settled, before.estimate, before.limit, before.assumed)
+    log.warning(
+        "memory=%s chooses nothing: weights of this model were converted before, with %s", config.memory, moved(settled)
+    )
     return settled
 
 

@@ -204,6 +204,17 @@ def test_other_graphs_keep_what_the_first_chose() -> None:
     assert settings(model) == {("int8", "float32", 1.0)}
 
 
+def test_weights_converted_without_memory_keep_their_settings_and_a_warning_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = Net()
+    prepare(model, batch(), options=OPTIONS | {"storage": "int8"})
+    torch._dynamo.reset()
+    step(compiled(model, FOLDED), torch.optim.AdamW(model.parameters()))
+    assert settings(model) == {("int8", "float32", 1.0)}
+    assert f"memory={FOLDED} chooses nothing: weights of this model were converted before, with storage=int8" in caplog.text
+
+
 def test_restored_weights_are_chosen_for_anew() -> None:
     model = Net()
     prepare(model, batch(), options=OPTIONS | {"memory": INT8})
