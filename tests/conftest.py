@@ -23,8 +23,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
-    """Each test compiles anew, from the same seed."""
+    """Each test compiles anew, from the same seed; settings of Dynamo that the benchmarks of the authors' code change are put back."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    yield
+    config = torch._dynamo.config
+    with config.patch({name: getattr(config, name) for name in ("automatic_dynamic_shapes", "recompile_limit")}):
+        yield
     torch._dynamo.reset()
