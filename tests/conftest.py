@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
-    """Each test compiles anew, from the same seed; settings of Dynamo that the benchmarks of the authors' code change are put back."""
+    """Each test compiles anew, from the same seed; what benchmarks of the authors' code set in Dynamo is put back."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     config = torch._dynamo.config
