@@ -255,7 +255,7 @@ def fake_inputs(gm: fx.GraphModule, live: Sequence[Any]) -> Iterator[tuple[Any, 
                 user.replace_all_uses_with(value.item())
                 gm.graph.erase_node(user)
     gm.recompile()
-    fake = torch._subclasses.FakeTensorMode(shape_env=ShapeEnv())
+    fake = FakeTensorMode(shape_env=ShapeEnv())
     with torch._guards.tracing(torch._guards.TracingContext(fake)):
         yield fake, [_fake_input(fake, value) for value in live]
 
