@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -185,7 +185,7 @@ class Method:
     takes_any: bool = False
 
 
-def adamw_over(recipe: Recipe, parameters: Iterator[nn.Parameter] | list[nn.Parameter], place: Place) -> AdamW:
+def adamw_over(recipe: Recipe, parameters: Iterable[nn.Parameter] | list[dict[str, Any]], place: Place) -> AdamW:
     betas, decay = (0.9, recipe["beta2"]), recipe["weight_decay"]
     return AdamW(parameters, lr=recipe["lr"], betas=betas, weight_decay=decay, fused=place.is_fused or None)
 
@@ -211,7 +211,10 @@ def poetx_muon(recipe: Recipe, model: nn.Module, place: Place) -> Trained:
 
 
 def adamw(recipe: Recipe, model: nn.Module, place: Place) -> Trained:
-    return Trained(model, torch.compile(model, backend=place.compiler), [adamw_over(recipe, model.parameters(), place)])
+    """With ``ratio`` times the rate for the matrices of the layers."""
+    matrices, others = hidden_and_other(model)
+    optimizer = adamw_over(recipe, [{"params": others}, {"params": matrices, "lr": recipe["lr"] * recipe["ratio"]}], place)
+    return Trained(model, torch.compile(model, backend=place.compiler), [optimizer])
 
 
 def muon(recipe: Recipe, model: nn.Module, place: Place) -> Trained:
@@ -273,7 +276,7 @@ METHODS = {
     "poetx-muon": Method(
         poetx_muon, 2e-3, {**ADAMW, "momentum": 0.95, "nesterov": True, "adjust": "match_rms_adamw"}, takes_any=True
     ),
-    "adamw": Method(adamw, 1e-3, ADAMW),
+    "adamw": Method(adamw, 1e-3, {**ADAMW, "ratio": 1.0}),
     "muon": Method(muon, 1e-3, {**ADAMW, "ratio": 1.0, "momentum": 0.95, "matrix_decay": 0.1, "adjust": "match_rms_adamw"}),
     "sgd": Method(sgd, 0.1, {"momentum": 0.9, "nesterov": True}),
     "official": Method(official, 1e-3, {"block_size": 256, "merge_interval": 200, "ratio": 0.5}),

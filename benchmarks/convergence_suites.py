@@ -46,7 +46,9 @@ SUITES = {
             *over("poetx-muon", "lr", 2e-3, 4e-3, 1e-3, 8e-3),
             *over("poetx-muon:lr=8e-3:scale=0.5", "init", "row-normalised", "keep"),
             "poetx-muon:lr=4e-3:init=row-normalised",
-            "poetx-muon:lr=1.6e-2:scale=0.25",
+            *over("poetx-muon:lr=1.6e-2:scale=0.25", "init", "row-normalised", "keep"),
+            *over("poetx-muon:lr=8e-3:scale=0.5", "gain", 2, 0.5),
+            "poetx-muon:lr=1.6e-2:scale=0.25:init=row-normalised:floor=0",
             "poetx-muon:lr=2e-3:nesterov=False",
             "poetx-muon:lr=2e-3:momentum=0.9",
             "poetx-muon:lr=2e-3:scale=2.0",
@@ -63,6 +65,14 @@ SUITES = {
             "muon:dtype=autocast:lr=2e-3:std=0.02",
         ),
     ),
+    "ratio": Suite(
+        "What AdamW and Muon make of a rate of their own for the matrices of the layers",
+        (
+            *over("adamw:dtype=autocast:beta2=0.95:lr=8e-3", "ratio", 0.25, 0.125),
+            "adamw:dtype=autocast:beta2=0.95:lr=3e-3",
+            *over("muon:dtype=autocast:lr=1.6e-2", "ratio", 0.5, 0.25),
+        ),
+    ),
     "official": Suite("The authors' code", ("official:lr=1e-3", "official:lr=2e-3:ratio=2")),
     "scale": Suite(
         "The scale of rotations against the rate of all else",
@@ -70,7 +80,9 @@ SUITES = {
             *(f"poetx:lr={rate}:scale={scale}" for rate in (4e-3, 2e-3) for scale in (1.0, 0.5, 0.25, 2.0)),
             *over("poetx:beta2=0.95", "lr", 2e-3, 4e-3),
             *over("poetx:beta2=0.95:lr=4e-3", "scale", 0.5, 0.25),
-            "poetx:beta2=0.95:lr=8e-3:scale=0.25",
+            *over("poetx:beta2=0.95:lr=8e-3", "scale", 0.25, 0.125, 0.5),
+            "poetx:beta2=0.95:lr=1.6e-2:scale=0.125",
+            "poetx:beta2=0.95:lr=8e-3:scale=0.25:init=row-normalised",
         ),
     ),
     "block": Suite(
@@ -107,6 +119,13 @@ SUITES = {
             *over("poetx-muon:lr=4e-3:permutation_period=25", "moments", "reset", "keep"),
             "poetx-muon:lr=4e-3",
             "poetx:lr=2e-3",
+        ),
+    ),
+    "storage": Suite(
+        "Lean storage against weights folded at each step",
+        (
+            *over("poetx:beta2=0.95:lr=8e-3:scale=0.25", "storage", "int8", "bf16-lean"),
+            "poetx:beta2=0.95:lr=8e-3:scale=0.25",
         ),
     ),
     "sides": Suite("One side alone", (*over("poetx:lr=2e-3", "sides", "rows", "columns"), "poetx:lr=2e-3")),
