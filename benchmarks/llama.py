@@ -42,6 +42,7 @@ SIZES = {
     "3b": Size(2560, 7168, 32, 20),
     "8b": Size(4096, 14336, 32, 32),
     "13b": Size(5120, 13824, 40, 40),
+    "30b": Size(6656, 17920, 60, 52),
 }
 """``tiny`` is for tests; the others have heads of 128 channels."""
 

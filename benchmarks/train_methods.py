@@ -127,7 +127,7 @@ class Spec:
     @property
     def backend_options(self) -> dict[str, Any]:
         """Those that ``torch.compile`` is given; the others are the benchmark's."""
-        return {key: value for key, value in self.options.items() if key != "checkpointing"}
+        return {key: value for key, value in self.options.items() if key not in _OF_THE_USER}
 
     def configured(self, model: nn.Module) -> nn.Module:
         """The model as its user sets it, before anything of the method comes to it."""
@@ -161,7 +161,7 @@ class Method:
 
 def poetx(spec: Spec, model: nn.Module, size: Size) -> Trainer:
     inner = {} if spec.compiler == "inductor" else {"inner": spec.compiler}
-    compiled = torch.compile(model, backend="poetx", mode=spec.mode, options={**spec.backend_options, **inner} or None)
+    compiled = _compiled(spec, model, "poetx", {**spec.backend_options, **inner} or None)
     optimizer = MarkedAdamW(model.parameters(), lr=RATE, fused=True)
     period = spec.options.get("permutation_period", 0)
     rare = Rare("new permutations", period, lambda: _draw(model)) if period > _SEEN_BY_MEDIAN else None
@@ -243,8 +243,16 @@ def _quarter(spec: Spec, size: Size) -> int:
     return spec["rank"] or size.hidden // 4
 
 
-def _compiled(spec: Spec, model: nn.Module) -> Callable[..., Any]:
-    return torch.compile(model, backend=spec.compiler, mode=spec.mode)
+def _compiled(
+    spec: Spec, model: nn.Module, backend: str | None = None, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The model compiled as a whole, or where the spec says ``regional`` each decoder layer by itself."""
+    settings: dict[str, Any] = {"backend": backend or spec.compiler, "mode": spec.mode, "options": options}
+    if not spec.options.get("regional"):
+        return torch.compile(model, **settings)
+    for layer in model.get_submodule("model.layers").children():
+        layer.compile(**settings)
+    return model
 
 
 def _package(name: str, module: str | None = None) -> Any:
@@ -269,12 +277,14 @@ def _official_floor(spec: Spec, load: Load) -> StepFloor:
 
 
 _BLOCKS = {"block_size": 256}
-_CHECKPOINTING = {"checkpointing": False}
+_OF_THE_USER = {"checkpointing": False, "regional": False}
+"""Options of the benchmark itself: what a user sets on the model, and how it is compiled."""
+
 _OFFICIAL = Method(official, _official_floor, {**_BLOCKS, "merge_interval": 200})
 
 METHODS = {
-    "poetx": Method(poetx, lambda spec, load: load.poetx(spec["block_size"]), {**_BLOCKS, **_CHECKPOINTING}, takes_any=True),
-    "adamw": Method(adamw, lambda _, load: load.adamw(), _CHECKPOINTING),
+    "poetx": Method(poetx, lambda spec, load: load.poetx(spec["block_size"]), {**_BLOCKS, **_OF_THE_USER}, takes_any=True),
+    "adamw": Method(adamw, lambda _, load: load.adamw(), _OF_THE_USER),
     "muon": Method(muon, lambda _, load: load.muon()),
     "adamw8bit": Method(torchao_adamw, lambda _, load: load.eight_bit_adamw()),
     "adamw8bit-bnb": Method(bitsandbytes_adamw, lambda _, load: load.eight_bit_adamw()),

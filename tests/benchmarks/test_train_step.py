@@ -216,7 +216,7 @@ def test_a_search_ends_at_another_failure(bench: ModuleType) -> None:
     ("arguments", "message"),
     [
         (["--methods", "sgd"], "no method 'sgd'; there are poetx, adamw"),
-        (["--methods", "adamw:rank=4"], "adamw takes mode, checkpointing, not rank"),
+        (["--methods", "adamw:rank=4"], "adamw takes mode, checkpointing, regional, not rank"),
         (["--methods", "poetx:checkpointing=yes"], "checkpointing is True or False, not 'yes'"),
         (["--methods", "lora:checkpointing=True"], "lora takes mode, r, not checkpointing"),
         (["--device", "cpu", "--cap", "24"], "--cap bounds the allocator of CUDA devices, and --device is cpu"),
@@ -360,6 +360,13 @@ def test_estimates_are_made_in_processes_of_their_own(bench: ModuleType, tmp_pat
 
     (late,) = (found for found, _ in run(bench, tmp_path / "Y.csv", "--methods", "adamw", "--plan", "--minutes", "0"))
     assert (late.planned_bytes, late.note) == (None, "not planned: --minutes were used up before")
+
+
+@pytest.mark.parametrize("method", ("poetx:storage=int8:checkpointing=True", "adamw"))
+def test_layers_compiled_one_by_one_train_as_the_whole_model(bench: ModuleType, tmp_path: Path, method: str) -> None:
+    methods = f"{method},{method}:regional=True"
+    whole, layers = (found for found, _ in run(bench, tmp_path / "X.csv", "--methods", methods))
+    assert layers.reason == "" and layers.loss == pytest.approx(whole.loss, rel=5e-3)  # bfloat16, in other decompositions
 
 
 def row(bench: ModuleType, **values: object) -> object:
