@@ -49,7 +49,7 @@ TYPES = SINGLE | {
 """Of every argument that a kernel has by this name."""
 
 SERIES = {"WIDTH": 256, "TILE": 128, "TILE_K": 64}
-FAR = {"SIDE": 256, "TILE": 128, "TILE_K": 32, "BUFFERS": 5, "LARGEST": 3.0, "TOLERANCE": 1e-7, "NEAR": 0.03, "UNIT": 4096.0}
+FAR = {"SIDE": 256, "TILE": 128, "TILE_K": 32, "BUFFERS": 4, "LARGEST": 3.0, "TOLERANCE": 1e-7, "NEAR": 0.03, "UNIT": 4096.0}
 
 # kernel: function, constants, warps, stages
 FIXED: dict[str, tuple[Any, dict[str, Any], int, int]] = {
