@@ -132,7 +132,7 @@ def _turn_far(
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _far_kernel(
     skew,  # [r * WIDTH * (WIDTH - 1) / 2]
     rotation,  # [r, WIDTH, WIDTH]
