@@ -58,7 +58,7 @@ def leave() -> None:
     rehearsal.fits = lambda tensor, *widths: True
     side = rehearsal.Side(16, 1, 16, 16)
     kind = rehearsal.Kind(torch.device("cpu"), torch.float32, side, side, "ieee", None, 8)
-    rehearsal.start([kind])
+    rehearsal.start(kind._replace(residual_bits=bits) for bits in (8, 4, 0))
     started.wait()
     (thread,) = rehearsal._running
     thread.join(1.0)

@@ -297,7 +297,8 @@ class TestThreads:
 
     def test_a_process_ends_in_the_middle_of_a_compilation(self) -> None:
         """Without waiting it would abort, since native code cannot outlive the interpreter."""
-        finished = subprocess.run([sys.executable, str(SCRIPT), "leave"], capture_output=True, text=True, timeout=120)
+        command, environment = [sys.executable, str(SCRIPT), "leave"], os.environ | {"TRITON_ALWAYS_COMPILE": "1"}
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert finished.returncode == 0, finished.stderr
         assert "compiling" in finished.stdout
 
