@@ -26,6 +26,7 @@ from ._torch import (
 from .config import PoetxConfig, split_options
 from .factor import OrthogonalFactor, factors
 from .fitting import resolve
+from .kernels import rehearsal
 from .passes import LinearMatch, choose_route, match, normalize, rewrite, supply
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ def convert(
         factor = conversion.adopt(found.weight, found.name, config, found.stack.shape, outputs, storage)
         factor.route = choose_route(found, config)
         converted.append((found, factor))
+    rehearsal.start(kind for found, factor in converted for kind in conversion.kinds(found, factor))
     optimizer.join_running_step()
     optimizer.settle()
     seconds = time.perf_counter() - started
@@ -177,6 +179,7 @@ class Runtime:
 
     def _ready(self, args: Sequence[Any]) -> list[tuple[Slot, OrthogonalFactor]]:
         """The factors of the live weights, each fit to run the model."""
+        rehearsal.join()
         optimizer.settle()
         found: list[tuple[Slot, OrthogonalFactor]] = []
         late = False

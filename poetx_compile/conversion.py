@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+import torch
+from torch import fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import gradient, initial, stand_in
-from ._torch import active_ddp, distributed_wrapper
+from ._torch import active_ddp, distributed_wrapper, is_fake
 from .config import PoetxConfig
 from .errors import PoetxError
 from .factor import OrthogonalFactor, factors
 from .kernels import HALF
-from .passes import LinearMatch, Skip, SkipReason, is_named, unfit
+from .kernels.rehearsal import Kind, Side
+from .passes import LinearMatch, Skip, SkipReason, bias_of, is_named, outputs_of, unfit
 
 _skipped: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _BINDING = {
@@ -92,6 +94,38 @@ def storage_for(found: LinearMatch, config: PoetxConfig) -> str:
     """How a weight is to be stored: lean where that is asked for, and products alone use it."""
     is_fit = bool(found.uses) and found.weight.dtype in HALF and found.weight.is_contiguous()
     return config.storage if is_fit else "folded"
+
+
+def kinds(found: LinearMatch, factor: OrthogonalFactor) -> list[Kind]:
+    """On what the kernels of each use of a converted weight depend; nothing of a weight without values."""
+    if is_fake(found.weight):
+        return []
+    sides = (factor.rows, factor.columns)
+    rows, columns = (Side.small(side.features, side.count, side.width, side.run) for side in sides)
+    stored = factor.inputs.get("stored")
+    of_weight = Kind(
+        factor.q.device,
+        factor.dtype,
+        rows,
+        columns,
+        factor.precision,
+        None if stored is None else stored.dtype,
+        factor.config.residual_bits,
+    )
+    if factor.route == "dense":
+        return [of_weight]
+    return [of_weight._replace(activations=_dtype(use, factor), bias_side=_bias_side(use, factor)) for use in found.uses]
+
+
+def _dtype(use: fx.Node, factor: OrthogonalFactor) -> torch.dtype:
+    """Of what a product gives, which autocast may have lowered."""
+    return getattr(use.meta.get("example_value"), "dtype", factor.dtype)
+
+
+def _bias_side(use: fx.Node, factor: OrthogonalFactor) -> int | None:
+    place = outputs_of(use)
+    is_rotated = (factor.rows, factor.columns)[place].count > 0
+    return place if is_rotated and bias_of(use) is not None else None
 
 
 def adopt_late(

@@ -22,6 +22,7 @@ from ._torch import live_optimizers, on_optimizer_state_loaded, run_first_after_
 from .errors import PoetxError
 from .factor import OrthogonalFactor, factors, retract_all
 from .finite import FiniteWatch
+from .kernels import rehearsal
 from .metrics import observed
 
 log = logging.getLogger(__name__)
@@ -159,6 +160,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     moved = [(factor, group) for factor, group in stepped if factor.q.grad is not None or not factor.is_clean]
     _finite.look([factor for factor, _ in moved])
     work = [(factor, _gain(optimizer, group)) for factor, group in moved]
+    rehearsal.join()
     with observed(work) as look:
         retract_all(work, look)
     for factor, _ in stepped:

@@ -98,7 +98,7 @@ def _scaled(tile, scale, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
     return gl.max(gl.max(largest, 1), 0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["groups"])
 def _effective_kernel(
     out,  # [m, n]
     stored,  # [m, n]

@@ -16,26 +16,48 @@ from .triton_series import NEAR, bound_of_square, turn_near
 from .tuning import processors
 
 _TOLERANCE = 1e-7
-_BUFFERS = 5
+_BUFFERS = 4
 
 
 @triton.jit
-def _square(buffer, i, j, SIDE: tl.constexpr):
+def _tile(index, SIDE: tl.constexpr, TILE: tl.constexpr):
+    """The rows and the columns of one of the tiles of a square matrix."""
+    across: tl.constexpr = SIDE // TILE
+    arange = tl.arange(0, TILE)
+    return index // across * TILE + arange, index % across * TILE + arange
+
+
+@triton.jit
+def _places(buffer, i, j, SIDE: tl.constexpr):
     return buffer + i[:, None] * SIDE + j[None, :]
 
 
 @triton.jit
-def _product(a, b, i, j, SIDE: tl.constexpr, TILE_K: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
-    """One tile of ``A B``, or of ``Aᵀ B``, of two square matrices in global memory."""
-    total = tl.zeros((i.shape[0], j.shape[0]), dtype=tl.float32)
-    for start in range(0, SIDE, TILE_K):
-        k = start + tl.arange(0, TILE_K)
-        if TRANSPOSED:
-            left = tl.trans(tl.load(_square(a, k, i, SIDE)))
-        else:
-            left = tl.load(_square(a, i, k, SIDE))
-        total = tl.dot(left, tl.load(_square(b, k, j, SIDE)), total, input_precision=PRECISION)
-    return total
+def _multiply(
+    a,  # [SIDE, SIDE]
+    b,  # [SIDE, SIDE]
+    out,  # [SIDE, SIDE]
+    ADD_A: tl.constexpr,
+    ADD_B: tl.constexpr,
+    SIDE: tl.constexpr,
+    TILE: tl.constexpr,
+    TILE_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``A B``, and with it ``A`` and ``B`` where asked for."""
+    for index in range((SIDE // TILE) * (SIDE // TILE)):
+        i, j = _tile(index, SIDE, TILE)
+        total = tl.zeros((TILE, TILE), dtype=tl.float32)
+        if ADD_A:
+            total += tl.load(_places(a, i, j, SIDE))
+        if ADD_B:
+            total += tl.load(_places(b, i, j, SIDE))
+        for start in range(0, SIDE, TILE_K):
+            k = start + tl.arange(0, TILE_K)
+            left, right = tl.load(_places(a, i, k, SIDE)), tl.load(_places(b, k, j, SIDE))
+            total = tl.dot(left, right, total, input_precision=PRECISION)
+        tl.store(_places(out, i, j, SIDE), total)
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -53,28 +75,26 @@ def _turn_far(
     TOLERANCE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    tiles: tl.constexpr = (SIDE // TILE) * (SIDE // TILE)
     remainder = omega + SIDE * SIDE
-    remainder_next = remainder + SIDE * SIDE
-    inverse = remainder_next + SIDE * SIDE
-    inverse_next = inverse + SIDE * SIDE
-    arange = tl.arange(0, TILE)
-    for tile_i in range(0, SIDE, TILE):
-        for tile_j in range(0, SIDE, TILE):
-            i, j = (tile_i + arange)[:, None], (tile_j + arange)[None, :]
-            low, high = tl.minimum(i, j), tl.maximum(i, j)
-            mask = (high < WIDTH) & (low < high)
-            value = tl.load(packed + low * (2 * WIDTH - low - 1) // 2 + high - low - 1, mask=mask, other=0.0) * scale
-            tl.store(omega + i * SIDE + j, tl.where(i < j, value, -value))
+    inverse = remainder + SIDE * SIDE
+    spare = inverse + SIDE * SIDE
+    for index in range(tiles):
+        i, j = _tile(index, SIDE, TILE)
+        i, j = i[:, None], j[None, :]
+        low, high = tl.minimum(i, j), tl.maximum(i, j)
+        mask = (high < WIDTH) & (low < high)
+        value = tl.load(packed + low * (2 * WIDTH - low - 1) // 2 + high - low - 1, mask=mask, other=0.0) * scale
+        tl.store(omega + i * SIDE + j, tl.where(i < j, value, -value))
     tl.debug_barrier()
 
+    _multiply(omega, omega, remainder, False, False, SIDE, TILE, TILE_K, PRECISION)
     bound = 0.0
-    for tile_i in range(0, SIDE, TILE):
+    for start in range(0, SIDE, TILE):
         sums = tl.zeros((TILE,), dtype=tl.float32)
-        for tile_j in range(0, SIDE, TILE):
-            i, j = tile_i + arange, tile_j + arange
-            square = _product(omega, omega, i, j, SIDE, TILE_K, True, PRECISION)
-            tl.store(_square(remainder, i, j, SIDE), square)
-            sums += tl.sum(tl.abs(square), 1)
+        for start_j in range(0, SIDE, TILE):
+            i, j = start + tl.arange(0, TILE), start_j + tl.arange(0, TILE)
+            sums += tl.sum(tl.abs(tl.load(_places(remainder, i, j, SIDE))), 1)
         sums = tl.where(sums == sums, sums, float("inf"))
         bound = tl.maximum(bound, tl.max(sums, 0))
     tl.debug_barrier()
@@ -84,53 +104,35 @@ def _turn_far(
     bound = tl.where(finite, bound * shorten, 0.0)
     root = tl.sqrt(shorten)
     middle = 1 + bound / 2
-    for tile_i in range(0, SIDE, TILE):
-        for tile_j in range(0, SIDE, TILE):
-            i, j = tile_i + arange, tile_j + arange
-            square = tl.load(_square(remainder, i, j, SIDE))
-            omega_tile = tl.load(_square(omega, i, j, SIDE))
-            square = tl.where(finite, square * shorten, 0.0)
-            diagonal = tl.where(i[:, None] == j[None, :], 1.0, 0.0)
-            rest = diagonal * (1 - 1 / middle) - square / middle
-            tl.store(_square(omega, i, j, SIDE), tl.where(finite, omega_tile * root, 0.0) - square)
-            tl.store(_square(remainder, i, j, SIDE), rest)
-            tl.store(_square(inverse, i, j, SIDE), rest)
+    for index in range(tiles):
+        i, j = _tile(index, SIDE, TILE)
+        square = tl.where(finite, tl.load(_places(remainder, i, j, SIDE)) * shorten, 0.0)  # -B
+        turn = tl.where(finite, tl.load(_places(omega, i, j, SIDE)) * root, 0.0)
+        diagonal = tl.where(i[:, None] == j[None, :], 1.0, 0.0)
+        rest = diagonal * (1 - 1 / middle) + square / middle
+        tl.store(_places(omega, i, j, SIDE), turn + square)
+        tl.store(_places(remainder, i, j, SIDE), rest)
+        tl.store(_places(inverse, i, j, SIDE), rest)
     tl.debug_barrier()
 
     error = bound / (2 + bound)
     error = error * error
     while error > TOLERANCE:
-        for tile_i in range(0, SIDE, TILE):
-            for tile_j in range(0, SIDE, TILE):
-                i, j = tile_i + arange, tile_j + arange
-                tl.store(
-                    _square(remainder_next, i, j, SIDE),
-                    _product(remainder, remainder, i, j, SIDE, TILE_K, False, PRECISION),
-                )
-        tl.debug_barrier()
-        for tile_i in range(0, SIDE, TILE):
-            for tile_j in range(0, SIDE, TILE):
-                i, j = tile_i + arange, tile_j + arange
-                more = _product(inverse, remainder_next, i, j, SIDE, TILE_K, False, PRECISION)
-                more += tl.load(_square(inverse, i, j, SIDE)) + tl.load(_square(remainder_next, i, j, SIDE))
-                tl.store(_square(inverse_next, i, j, SIDE), more)
-        tl.debug_barrier()
-        remainder, remainder_next = remainder_next, remainder
-        inverse, inverse_next = inverse_next, inverse
+        _multiply(remainder, remainder, spare, False, False, SIDE, TILE, TILE_K, PRECISION)
+        _multiply(inverse, spare, remainder, True, True, SIDE, TILE, TILE_K, PRECISION)
+        remainder, inverse, spare = spare, remainder, inverse
         error = error * error
 
-    for tile_i in range(0, SIDE, TILE):
-        for tile_j in range(0, SIDE, TILE):
-            i, j = tile_i + arange, tile_j + arange
-            turn = _product(omega, inverse, i, j, SIDE, TILE_K, False, PRECISION)
-            turn = 2 * unit * (turn + tl.load(_square(omega, i, j, SIDE))) / middle
-            tl.store(
-                _square(out, i, j, WIDTH), turn.to(out.dtype.element_ty), mask=(i < WIDTH)[:, None] & (j < WIDTH)[None, :]
-            )
+    _multiply(omega, inverse, spare, True, False, SIDE, TILE, TILE_K, PRECISION)
+    for index in range(tiles):
+        i, j = _tile(index, SIDE, TILE)
+        turn = 2 * unit * tl.load(_places(spare, i, j, SIDE)) / middle
+        inside = (i < WIDTH)[:, None] & (j < WIDTH)[None, :]
+        tl.store(_places(out, i, j, WIDTH), turn.to(out.dtype.element_ty), mask=inside)
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _far_kernel(
     skew,  # [r * WIDTH * (WIDTH - 1) / 2]
     rotation,  # [r, WIDTH, WIDTH]

@@ -16,7 +16,7 @@ from .residual import master_dtype
 from .tuning import GramTiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "tokens_per_split", "blocks_0"])
 def _gram_kernel(
     left_0,  # [N, n₀]
     right_0,  # [N, n₀]
@@ -74,7 +74,7 @@ def _gram_kernel(
     tl.store(out + i[:, None] * WIDTH + j[None, :], total, mask=inside_i[:, None] & inside_j[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "first_biased", "biased"])
 def _pack_kernel(
     partial,  # [splits, r, WIDTH, WIDTH]
     bias_grad,  # [n] or nothing
@@ -141,7 +141,8 @@ def block_gram(
         _gram_sides(sides, packed, scale, bias, bias_grad, bias_side, tiles)
     else:
         for index, (side, output) in enumerate(zip(sides, packed.split(lengths))):
-            _gram_sides([side], output, scale, bias if index == bias_side else None, bias_grad, 0, tiles)
+            correction = (bias, bias_grad) if index == bias_side else (None, None)
+            _gram_sides([side], output, scale, *correction, 0, tiles)
     return packed
 
 

@@ -13,7 +13,7 @@ from .triton_rotate import KINDS, encode
 _COLUMNS = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def _unpack_kernel(
     codes,  # [m, n]
     scales,  # [m, groups]
@@ -44,8 +44,7 @@ def unpack_(weight: Tensor, residual: Tensor, codes: Tensor, scales: Tensor) -> 
         codes, scales: as :mod:`.quantize` says.
     """
     m, n = codes.shape
-    columns = min(_COLUMNS, triton.next_power_of_2(n))
-    _unpack_kernel[(m, triton.cdiv(n, columns))](
+    _unpack_kernel[(m, triton.cdiv(n, _COLUMNS))](
         codes,
         scales,
         weight,
@@ -53,7 +52,7 @@ def unpack_(weight: Tensor, residual: Tensor, codes: Tensor, scales: Tensor) -> 
         n,
         scales.shape[1],
         GROUP=GROUP,
-        COLUMNS=columns,
+        COLUMNS=_COLUMNS,
         KIND=KINDS[weight.dtype],
         num_warps=4,
     )

@@ -4,7 +4,7 @@ normalize -> uses -> match -> plan -> rewrite -> supply
 """
 
 from .match import LinearMatch, Skip, SkipReason, is_named, match, unfit
-from .normalize import normalize
+from .normalize import bias_of, normalize, outputs_of
 from .plan import choose_route
 from .rewrite import rewrite
 from .supply import supply
@@ -13,10 +13,12 @@ __all__ = [
     "LinearMatch",
     "Skip",
     "SkipReason",
+    "bias_of",
     "choose_route",
     "is_named",
     "match",
     "normalize",
+    "outputs_of",
     "rewrite",
     "supply",
     "unfit",

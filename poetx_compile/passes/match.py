@@ -16,7 +16,7 @@ from .._torch import checkpointed, functorch_nodes, gradient_hooks, is_fake, sou
 from ..config import PoetxConfig
 from ..factor import factors, stacked
 from ..layout import StackLayout
-from .normalize import ADDMM, LINEAR, MATMUL, is_bias
+from .normalize import ADDMM, LINEAR, MATMUL, is_bias, outputs_of
 from .uses import Use, UseGraph
 
 
@@ -58,7 +58,7 @@ class LinearMatch:
     @property
     def outputs(self) -> int | None:
         """The dimension of the matrix along which its outputs lie, where all products agree on one."""
-        dimensions = {0 if use.target is LINEAR else 1 for use in self.uses}
+        dimensions = set(map(outputs_of, self.uses))
         return dimensions.pop() if len(dimensions) == 1 else None
 
 

@@ -50,6 +50,18 @@ def normalize(gm: fx.GraphModule, inputs: dict[fx.Node, Any]) -> fx.GraphModule:
     return gm
 
 
+def outputs_of(use: fx.Node) -> int:
+    """The dimension of its weight along which the outputs of a product in canonical form lie."""
+    return 0 if use.target is LINEAR else 1
+
+
+def bias_of(use: fx.Node) -> Any:
+    """What a product in canonical form adds; None if nothing."""
+    if use.target is ADDMM:
+        return use.args[0]
+    return use.args[2] if use.target is LINEAR and len(use.args) > 2 else None
+
+
 def _canonical(node: fx.Node, weights: set[fx.Node]) -> tuple[Any, tuple[Any, ...]] | None:
     if node.op not in ("call_function", "call_method"):
         return None

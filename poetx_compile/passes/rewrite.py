@@ -8,7 +8,7 @@ from .._torch import add_input, checkpointed
 from ..factor import OrthogonalFactor
 from ..kernels import LINEAR_VERSION, lean_linear, rotated_linear
 from .match import LinearMatch
-from .normalize import ADDMM, LINEAR
+from .normalize import ADDMM, bias_of, outputs_of
 
 Nodes = dict[str, fx.Node]
 Regions = dict[fx.Graph, tuple[fx.Node, fx.GraphModule]]
@@ -91,13 +91,9 @@ def recompile(gm: fx.GraphModule) -> None:
 
 
 def _replace(use: fx.Node, nodes: Nodes, factor: OrthogonalFactor) -> None:
-    bias, (x, weight) = None, use.args[:2]
-    if use.target is ADDMM:
-        bias, x, weight = use.args[:3]
-    elif use.target is LINEAR and len(use.args) > 2:
-        bias = use.args[2]
+    bias, (x, weight) = bias_of(use), use.args[1:3] if use.target is ADDMM else use.args[:2]
     widths = (factor.rows.width, factor.columns.width)
-    settings = (*widths, factor.config.scale, use.target is not LINEAR, LINEAR_VERSION)
+    settings = (*widths, factor.config.scale, bool(outputs_of(use)), LINEAR_VERSION)
     runs = (factor.rows.run, factor.columns.run)
     if factor.storage == "folded":
         target, operands = (
