@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.optim import Optimizer
 
 from . import conversion, stand_in
-from ._torch import live_optimizers
+from ._torch.optimizers import live_optimizers
 from .backend import Compiled, convert
 from .config import PoetxConfig, split_options
 from .errors import PoetxError

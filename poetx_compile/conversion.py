@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import gradient, initial, stand_in
-from ._torch import active_ddp, distributed_wrapper
+from ._torch.data_parallel import active_ddp, distributed_wrapper
 from .config import PoetxConfig
 from .errors import PoetxError
 from .factor import OrthogonalFactor, factors

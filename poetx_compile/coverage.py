@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 
-from ._torch import live_optimizers
+from ._torch.optimizers import live_optimizers
 from .errors import PoetxWarning
 from .factor import OrthogonalFactor, factors
 

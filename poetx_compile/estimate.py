@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ._torch import activation_budget, copy_graph, fake_tensors, partition_with_inductor
+from ._torch.compilers import activation_budget, partition_with_inductor
+from ._torch.graphs import copy_graph
+from ._torch.tensors import fake_tensors
 from .base import BASES
 from .config import PoetxConfig
 from .conversion import storage_for

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import kernels
-from ._torch import fake_tensors, own_operations
+from ._torch.parameters import own_operations
+from ._torch.tensors import fake_tensors
 from .base import BASES, Base
 from .config import PoetxConfig
 from .errors import PoetxError

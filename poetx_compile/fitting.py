@@ -12,7 +12,10 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from . import checkpoint, conversion, stepper
-from ._torch import copy_graph, fake_inputs, is_fake, live_optimizers, modules_with
+from ._torch.graphs import copy_graph, fake_inputs
+from ._torch.optimizers import live_optimizers
+from ._torch.parameters import modules_with
+from ._torch.tensors import is_fake
 from .config import PoetxConfig
 from .errors import PoetxError
 from .estimate import Traced

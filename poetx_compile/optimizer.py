@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from . import checkpoint, coverage, initial, moments
-from ._torch import live_optimizers, on_optimizer_state_loaded, run_first_after_step, steps_running
+from ._torch.optimizers import live_optimizers, on_optimizer_state_loaded, run_first_after_step, steps_running
 from .errors import PoetxError
 from .factor import OrthogonalFactor, factors, retract_all
 from .finite import FiniteWatch

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import conversion, initial
-from ._torch import live_optimizers, own_grad
+from ._torch.optimizers import live_optimizers
+from ._torch.parameters import own_grad
 from .factor import OrthogonalFactor, factors
 from .kernels import HALF
 from .ladder import Chosen

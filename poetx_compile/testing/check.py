@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import map_tensors, tensors_in
+from .._torch.tensors import map_tensors, tensors_in
 from ..api import report
 from ..conversion import skip_reason
 from ..factor import factors
