@@ -15,9 +15,9 @@ from ._torch.optimizers import live_optimizers
 from .backend import Compiled, convert
 from .config import PoetxConfig, split_options
 from .errors import PoetxError
-from .factor import factors
 from .fitting import resolve
 from .optimizer import check_can_step
+from .registry import factors
 from .report import Report, build_report
 
 

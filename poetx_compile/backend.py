@@ -17,9 +17,10 @@ from ._torch.graphs import copy_graph, fake_beside, live_inputs
 from ._torch.parameters import notice_changed
 from ._torch.tensors import is_fake
 from .config import PoetxConfig, split_options
-from .factor import OrthogonalFactor, factors
+from .factor import OrthogonalFactor
 from .fitting import resolve
 from .passes import LinearMatch, choose_route, match, normalize, rewrite, supply
+from .registry import factors
 
 log = logging.getLogger(__name__)
 

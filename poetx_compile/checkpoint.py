@@ -17,10 +17,11 @@ from torch.optim import Optimizer
 from ._torch.optimizers import explain_failed_loads
 from .config import SIDES, SKEW_DTYPES, STORAGES, PoetxConfig
 from .errors import PoetxError, PoetxWarning
-from .factor import OrthogonalFactor, factors
+from .factor import OrthogonalFactor
 from .fingerprint import fingerprint
 from .kernels import HALF
 from .layout import StackLayout
+from .registry import factors
 
 Entry = dict[str, Any]
 

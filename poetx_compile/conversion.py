@@ -11,9 +11,10 @@ from . import gradient, initial, stand_in
 from ._torch.data_parallel import active_ddp, distributed_wrapper
 from .config import PoetxConfig
 from .errors import PoetxError
-from .factor import OrthogonalFactor, factors
+from .factor import OrthogonalFactor
 from .kernels import HALF
 from .passes import LinearMatch, Skip, SkipReason, is_named, unfit
+from .registry import factors
 
 _skipped: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _BINDING = {

@@ -7,7 +7,8 @@ import weakref
 
 from ._torch.optimizers import live_optimizers
 from .errors import PoetxWarning
-from .factor import OrthogonalFactor, factors
+from .factor import OrthogonalFactor
+from .registry import factors
 
 _unknown: weakref.WeakSet[OrthogonalFactor] = weakref.WeakSet()
 

@@ -16,8 +16,9 @@ from torch import Tensor, distributed, nn
 
 from ._torch.data_parallel import after_ddp_join, before_fsdp_constructor, count_in_ddp_pieces, within_ddp_constructor
 from .errors import PoetxError
-from .factor import OrthogonalFactor, factors
+from .factor import OrthogonalFactor
 from .fingerprint import fingerprint
+from .registry import factors
 
 Group: TypeAlias = "distributed.ProcessGroup | None"
 

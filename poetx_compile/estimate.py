@@ -16,11 +16,12 @@ from .base import BASES
 from .config import PoetxConfig
 from .conversion import storage_for
 from .errors import PoetxError
-from .factor import SKEWS_PER_BATCH, OrthogonalFactor
+from .factor import OrthogonalFactor
 from .kernels import HALF
 from .kernels.ops import WIDEST
 from .liveness import Alive, Graphs, nbytes
 from .passes import LinearMatch, SkipReason, choose_route, match, normalize, rewrite, supply
+from .retraction import SKEWS_PER_BATCH
 from .stepper import ADAMW, Stepper
 
 _CAYLEY_COPIES = 6

@@ -19,10 +19,10 @@ from ._torch.tensors import is_fake
 from .config import PoetxConfig
 from .errors import PoetxError
 from .estimate import Traced
-from .factor import factors
 from .ladder import Chosen, choose, chosen_from, moved
 from .liveness import Graphs, nbytes
 from .passes import SkipReason, match, normalize
+from .registry import factors
 
 log = logging.getLogger(__name__)
 

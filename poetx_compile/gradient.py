@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from . import coverage
 from ._torch.compilers import is_tracing
 from ._torch.parameters import own_grad, replace_grad_attribute, set_own_grad
-from .factor import OrthogonalFactor, factors
+from .factor import OrthogonalFactor
+from .registry import factors
 
 
 def attach(factor: OrthogonalFactor) -> None:

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from .errors import PoetxError
-from .factor import SKEWS_PER_BATCH, OrthogonalFactor, factors
+from .factor import OrthogonalFactor
 from .kernels import pack_skew, unpack_skew
+from .registry import factors
+from .retraction import SKEWS_PER_BATCH
 
 ADJUSTMENTS = ("match_rms_adamw", "original")
 _MOST_STEPS = 99

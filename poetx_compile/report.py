@@ -17,9 +17,10 @@ from torch.optim import Optimizer
 from . import conversion, initial
 from ._torch.optimizers import live_optimizers
 from ._torch.parameters import own_grad
-from .factor import OrthogonalFactor, factors
+from .factor import OrthogonalFactor
 from .kernels import HALF
 from .ladder import Chosen
+from .registry import factors
 
 _ASSUMED_STATES = 2
 _WIDTH = 140

@@ -16,8 +16,9 @@ from .._torch.graphs import checkpointed, functorch_nodes, source_name
 from .._torch.parameters import gradient_hooks
 from .._torch.tensors import is_fake
 from ..config import PoetxConfig
-from ..factor import factors, stacked
+from ..factor import stacked
 from ..layout import StackLayout
+from ..registry import factors
 from .normalize import ADDMM, LINEAR, MATMUL, is_bias
 from .uses import Use, UseGraph
 

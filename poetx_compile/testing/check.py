@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._torch.tensors import map_tensors, tensors_in
 from ..api import report
 from ..conversion import skip_reason
-from ..factor import factors
+from ..registry import factors
 from ..report import Report
 from .explicit import explicit_weight
 
