@@ -19,7 +19,7 @@ from strategies import OwningFactor, normal
 from torch import Tensor, nn
 from torch.optim import AdamW, lr_scheduler
 
-from poetx_compile import Metrics, PoetxConfig, PoetxError, prepare
+from poetx_compile import Metrics, PoetxConfig, PoetxError, prepare, retraction
 from poetx_compile.kernels import unpack_skew
 from poetx_compile.optim import SkewMuon, orthogonalize_skew
 
@@ -193,6 +193,17 @@ class TestSteps:
                 exact(update, grad.lerp(average, momentum) if nesterov else average)
                 exact(optimizer.state[factor.q]["momentum_buffer"], average)
                 assert optimizer.state[factor.q]["step"] == step
+
+    def test_batches_of_any_size_end_alike(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def trained() -> list[Tensor]:
+            torch._dynamo.reset()
+            model = network()
+            train(rotating(model), SkewMuon(model.parameters(), lr=0.01), range(3))
+            return values(model)
+
+        together = trained()
+        monkeypatch.setattr(retraction, "SKEWS_PER_BATCH", 1)
+        close(trained(), together)
 
     def test_stacks_and_kernels(self) -> None:
         model = Experts()

@@ -11,9 +11,9 @@ from strategies import KINDS, SEEDS, OwningFactor, factors, normal
 from torch import nn
 from turned import CONFIG, master, of_dtypes, retract, small_factor, turn
 
-from poetx_compile import PoetxConfig
+from poetx_compile import PoetxConfig, retraction
 from poetx_compile.kernels import HALF
-from poetx_compile.retraction import retract_all
+from poetx_compile.retraction import in_batches, retract_all
 
 GAINS = st.sampled_from((1.0, 0.5, 8.0))
 
@@ -95,6 +95,15 @@ def test_folding_many_at_once_equals_folding_one_by_one() -> None:
         torch.testing.assert_close(master(first), master(second), rtol=1e-6, atol=1e-6)
         assert first.is_clean
         assert not first.q.any()
+
+
+def test_work_is_cut_where_a_batch_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    factors = [small_factor() for _ in range(5)]
+    monkeypatch.setattr(retraction, "SKEWS_PER_BATCH", factors[0].q.numel() + 1)
+    batches = list(in_batches((factor, place) for place, factor in enumerate(factors)))
+    assert [[place for _, place in batch] for batch in batches] == [[0, 1], [2, 3], [4]]
+    assert list(in_batches(zip(factors[:2]))) == [[(factors[0],), (factors[1],)]]
+    assert not list(in_batches([]))
 
 
 @of_dtypes
