@@ -10,7 +10,7 @@ from official import RefusalError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from poetx_compile.factor import factors
+from poetx_compile.registry import factors
 
 
 def hold_below(cap_bytes: int, device: torch.device) -> None:

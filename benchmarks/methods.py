@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from poetx_compile.config import PoetxConfig
-from poetx_compile.factor import OrthogonalFactor, retract_all
+from poetx_compile.factor import OrthogonalFactor
 from poetx_compile.kernels import LINEAR_VERSION, rotated_linear
+from poetx_compile.retraction import retract_all
 
 DTYPE = torch.bfloat16
 TYPICAL_SKEW = 2e-3

@@ -38,8 +38,9 @@ from torch import Tensor, nn
 
 import poetx_compile
 from poetx_compile.backend import poetx
-from poetx_compile.factor import OrthogonalFactor, factors
+from poetx_compile.factor import OrthogonalFactor
 from poetx_compile.kernels.residual import decode
+from poetx_compile.registry import factors
 
 RESULTS = Path(__file__).parent / "results"
 LOSS_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-2}

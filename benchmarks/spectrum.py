@@ -23,8 +23,9 @@ from spectrum_rows import Row, write_csv
 from torch import Tensor, nn
 
 from poetx_compile import PoetxConfig
-from poetx_compile.factor import OrthogonalFactor, retract_all
+from poetx_compile.factor import OrthogonalFactor
 from poetx_compile.kernels import HALF, decode
+from poetx_compile.retraction import retract_all
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

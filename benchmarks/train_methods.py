@@ -16,7 +16,7 @@ from official import RefusalError, import_official
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from poetx_compile.factor import factors
+from poetx_compile.registry import factors
 
 RATE = 1e-4
 """Learning rate of every method: small, so that nothing diverges. Time does not depend on it."""

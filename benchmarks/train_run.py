@@ -27,7 +27,7 @@ from torch import Tensor
 from train_methods import Spec, Trainer
 from train_rows import Row
 
-from poetx_compile.factor import factors
+from poetx_compile.registry import factors
 
 RARE_TIMES = 3
 

@@ -11,13 +11,13 @@ from torch import fx, nn
 from torch.optim import Optimizer
 
 from . import conversion, stand_in
-from ._torch import live_optimizers
+from ._torch.optimizers import live_optimizers
 from .backend import Compiled, convert
 from .config import PoetxConfig, split_options
 from .errors import PoetxError
-from .factor import factors
 from .fitting import resolve
 from .optimizer import check_can_step
+from .registry import factors
 from .report import Report, build_report
 
 

@@ -12,22 +12,16 @@ import torch
 from torch import Tensor, fx
 
 from . import conversion, initial, optimizer, retrace, stand_in
-from ._torch import (
-    activation_budget,
-    compile_with_aot_eager,
-    compile_with_inductor,
-    copy_graph,
-    fake_beside,
-    global_state_check,
-    is_fake,
-    live_inputs,
-    notice_changed,
-)
+from ._torch.compilers import activation_budget, compile_with_aot_eager, compile_with_inductor, global_state_check
+from ._torch.graphs import copy_graph, fake_beside, live_inputs
+from ._torch.parameters import notice_changed
+from ._torch.tensors import is_fake
 from .config import PoetxConfig, split_options
-from .factor import OrthogonalFactor, factors
+from .factor import OrthogonalFactor
 from .fitting import resolve
 from .kernels import rehearsal
 from .passes import LinearMatch, choose_route, match, normalize, rewrite, supply
+from .registry import factors
 
 log = logging.getLogger(__name__)
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import _torch
+from ._torch.optimizers import explain_failed_loads
 from .config import SIDES, SKEW_DTYPES, STORAGES, PoetxConfig
 from .errors import PoetxError, PoetxWarning
-from .factor import OrthogonalFactor, factors
+from .factor import OrthogonalFactor
 from .fingerprint import fingerprint
 from .kernels import HALF
 from .layout import StackLayout
+from .registry import factors
 
 Entry = dict[str, Any]
 
@@ -285,4 +286,4 @@ def _explain(saved: set[str], wanted: set[str]) -> str | None:
     return None
 
 
-_torch.explain_failed_loads(_explain)
+explain_failed_loads(_explain)

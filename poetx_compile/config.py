@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ._torch import inductor_modes, inductor_option_names, inductor_option_type
+from ._torch.compilers import inductor_modes, inductor_option_names, inductor_option_type
 from .errors import PoetxError
 from .layout import automatic_chunk
 

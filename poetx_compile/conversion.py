@@ -9,13 +9,15 @@ from torch import fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import gradient, initial, stand_in
-from ._torch import active_ddp, distributed_wrapper, is_fake
+from ._torch.data_parallel import active_ddp, distributed_wrapper
+from ._torch.tensors import is_fake
 from .config import PoetxConfig
 from .errors import PoetxError
-from .factor import OrthogonalFactor, factors
+from .factor import OrthogonalFactor
 from .kernels import HALF
 from .kernels.rehearsal import Kind, Side
 from .passes import LinearMatch, Skip, SkipReason, bias_of, is_named, outputs_of, unfit
+from .registry import factors
 
 _skipped: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _BINDING = {

@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 import weakref
 
-from ._torch import live_optimizers
+from ._torch.optimizers import live_optimizers
 from .errors import PoetxWarning
-from .factor import OrthogonalFactor, factors
+from .factor import OrthogonalFactor
+from .registry import factors
 
 _unknown: weakref.WeakSet[OrthogonalFactor] = weakref.WeakSet()
 

@@ -14,10 +14,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, distributed, nn
 
-from . import _torch
+from ._torch.data_parallel import after_ddp_join, before_fsdp_constructor, count_in_ddp_pieces, within_ddp_constructor
 from .errors import PoetxError
-from .factor import OrthogonalFactor, factors
+from .factor import OrthogonalFactor
 from .fingerprint import fingerprint
+from .registry import factors
 
 Group: TypeAlias = "distributed.ProcessGroup | None"
 
@@ -182,7 +183,7 @@ def _reduced_bytes(parameter: Tensor) -> int | None:
     return None if factor is None else factor.q.nbytes
 
 
-_torch.within_ddp_constructor(skews_in_place)
-_torch.count_in_ddp_pieces(_reduced_bytes)
-_torch.after_ddp_join(follow_join)
-_torch.before_fsdp_constructor(refuse_shards)
+within_ddp_constructor(skews_in_place)
+count_in_ddp_pieces(_reduced_bytes)
+after_ddp_join(follow_join)
+before_fsdp_constructor(refuse_shards)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
-from .factor import factors
 from .machine import version
+from .registry import factors
 
 Check = Callable[[], str]
 

@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ._torch import activation_budget, copy_graph, fake_tensors, partition_with_inductor
+from ._torch.compilers import activation_budget, partition_with_inductor
+from ._torch.graphs import copy_graph
+from ._torch.tensors import fake_tensors
 from .base import BASES
 from .config import PoetxConfig
 from .conversion import storage_for
 from .errors import PoetxError
-from .factor import SKEWS_PER_BATCH, OrthogonalFactor
+from .factor import OrthogonalFactor
 from .kernels import HALF
 from .kernels.ops import WIDEST
 from .liveness import Alive, Graphs, nbytes
 from .passes import LinearMatch, SkipReason, choose_route, match, normalize, rewrite, supply
+from .retraction import SKEWS_PER_BATCH
 from .stepper import ADAMW, Stepper
 
 _CAYLEY_COPIES = 6

@@ -1,19 +1,18 @@
-"""OrthogonalFactor: everything that one converted weight owns, and the registry that finds it by the live weight."""
+"""OrthogonalFactor: everything that one converted weight owns."""
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import kernels
-from ._torch import fake_tensors, own_operations
+from ._torch.parameters import own_operations
+from ._torch.tensors import fake_tensors
 from .base import BASES, Base
 from .config import PoetxConfig
 from .errors import PoetxError
@@ -22,9 +21,6 @@ from .layout import BlockLayout, StackLayout, permutation_key, rounding_seed
 log = logging.getLogger(__name__)
 
 ROWS, COLUMNS = 0, 1
-
-SKEWS_PER_BATCH = 1 << 22
-"""Skew parameters whose rotations are made at once: about 300 MB of scratch memory, more where one weight has more."""
 
 
 class OrthogonalFactor:
@@ -93,6 +89,10 @@ class OrthogonalFactor:
         weight = self._weight()
         assert weight is not None, "a factor is reached through its weight"
         return weight
+
+    def is_of(self, weight: object) -> bool:
+        """Whether it belongs to this very object."""
+        return self._weight() is weight
 
     @property
     def is_clean(self) -> bool:
@@ -174,10 +174,6 @@ class OrthogonalFactor:
         with torch.no_grad():
             self.q.zero_()
         self._clean = self.q._version
-
-    def retract(self, gain: float = 1.0) -> None:
-        """Fold the rotation that stands in ``q`` into the weight, and zero ``q``; see :func:`retract_all`."""
-        retract_all([(self, gain)])
 
     def skews(self) -> Iterator[tuple[Tensor, BlockLayout]]:
         """The packed skew parameters, and the blocks, of each side that is rotated: rows, then columns, matrix by matrix."""
@@ -307,97 +303,3 @@ def _write_back(tensor: Tensor, matrices: Tensor) -> None:
     """Copy what ``reshape`` had to copy: a kernel in channels-last memory has no view as a matrix."""
     if matrices.data_ptr() != tensor.data_ptr():
         tensor.copy_(matrices.view(tensor.shape))
-
-
-Turns = list[tuple[OrthogonalFactor, list[Tensor]]]
-"""Factors, each with what its :meth:`OrthogonalFactor.fold` takes."""
-
-
-@torch.no_grad()
-def retract_all(work: Iterable[tuple[OrthogonalFactor, float]], look: Callable[[Turns], None] | None = None) -> None:
-    """Fold the rotations of many weights; blocks of one width share their launches, whatever weight they belong to.
-
-    All rotations are made before the first weight is written: where memory for them is missing, every weight stays as it
-    was. Until then they take twice the memory of all ``q`` (as much as ``q`` where they are float16). The Triton kernel
-    that folds needs none beside; elsewhere the largest weight goes first, and leaves its scratch to the others.
-
-    Args:
-        work: factors, each with a gain that multiplies its ``q`` first, for optimizers that scale by the size of what they
-            train.
-        look: sees the rotations before they are folded.
-    """
-    made: Turns = []
-    batch: list[tuple[OrthogonalFactor, float]] = []
-    size = 0
-    for factor, gain in work:
-        batch.append((factor, gain))
-        size += factor.q.numel()
-        if size >= SKEWS_PER_BATCH:
-            made += _rotations(batch)
-            batch, size = [], 0
-    made += _rotations(batch)
-    if look is not None:
-        look(made)
-    for factor, rotations in sorted(made, key=lambda pair: pair[0]._shape.numel(), reverse=True):
-        factor.fold(rotations)
-
-
-def _rotations(batch: list[tuple[OrthogonalFactor, float]]) -> Turns:
-    groups: dict[tuple[Any, ...], list[tuple[OrthogonalFactor, int, int, Tensor]]] = defaultdict(list)
-    for factor, gain in batch:
-        for place, (packed, side) in enumerate(factor.skews()):
-            key = (side.width, gain * factor.config.scale, factor.precision, packed.device, packed.dtype)
-            groups[key].append((factor, place, side.count, packed))
-    rotations: dict[tuple[OrthogonalFactor, int], Tensor] = {}
-    for (width, scale, precision, *_), members in groups.items():
-        skews = torch.cat([packed for *_, packed in members])
-        turned = kernels.cayley_neumann(skews.to(kernels.master_dtype(skews.dtype)), width, scale, precision)
-        parts = turned.split([count for _, _, count, _ in members])
-        rotations.update({(factor, place): part for (factor, place, *_), part in zip(members, parts)})
-    return [(factor, [rotations[factor, place] for place, _ in enumerate(factor.skews())]) for factor, _ in batch]
-
-
-class Registry:
-    """Factors by the identity of their weight or of their ``q``. Holds no weight alive: a factor goes with its weight."""
-
-    def __init__(self) -> None:
-        self._by_weight: dict[int, OrthogonalFactor] = {}
-        self._by_skew: dict[int, OrthogonalFactor] = {}
-
-    def add(self, factor: OrthogonalFactor) -> None:
-        weight = id(factor.weight)
-        self._by_weight[weight] = factor
-        self._by_skew[id(factor.q)] = factor
-        weakref.finalize(factor.weight, self._forget, weight, weakref.ref(factor)).atexit = False
-
-    def remove(self, factor: OrthogonalFactor) -> None:
-        self._forget(id(factor.weight), weakref.ref(factor))
-
-    def _forget(self, weight: int, reference: weakref.ref[OrthogonalFactor]) -> None:
-        factor = reference()
-        if factor is None:  # removed before, and others may have its identities now
-            return
-        for index, identity in ((self._by_weight, weight), (self._by_skew, id(factor.q))):
-            if index.get(identity) is factor:
-                del index[identity]
-
-    def of_weight(self, weight: object) -> OrthogonalFactor | None:
-        factor = self._by_weight.get(id(weight))
-        return factor if factor is not None and factor._weight() is weight else None
-
-    def of_module(self, module: nn.Module) -> list[OrthogonalFactor]:
-        """The factors of a module's parameters, in their order."""
-        return [factor for weight in module.parameters() if (factor := self.of_weight(weight)) is not None]
-
-    def of_skew(self, q: object) -> OrthogonalFactor | None:
-        factor = self._by_skew.get(id(q))
-        return factor if factor is not None and factor.q is q else None
-
-    def __iter__(self) -> Iterator[OrthogonalFactor]:
-        return iter(list(self._by_weight.values()))
-
-    def __len__(self) -> int:
-        return len(self._by_weight)
-
-
-factors = Registry()

@@ -12,14 +12,17 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from . import checkpoint, conversion, stepper
-from ._torch import copy_graph, fake_inputs, is_fake, live_optimizers, modules_with
+from ._torch.graphs import copy_graph, fake_inputs
+from ._torch.optimizers import live_optimizers
+from ._torch.parameters import modules_with
+from ._torch.tensors import is_fake
 from .config import PoetxConfig
 from .errors import PoetxError
 from .estimate import Traced
-from .factor import factors
 from .ladder import Chosen, choose, chosen_from, moved
 from .liveness import Graphs, nbytes
 from .passes import SkipReason, match, normalize
+from .registry import factors
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from . import coverage
-from ._torch import is_tracing, own_grad, replace_grad_attribute, set_own_grad
-from .factor import OrthogonalFactor, factors
+from ._torch.compilers import is_tracing
+from ._torch.parameters import own_grad, replace_grad_attribute, set_own_grad
+from .factor import OrthogonalFactor
+from .registry import factors
 
 
 def attach(factor: OrthogonalFactor) -> None:

@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._torch import is_fake, live_optimizers
+from ._torch.optimizers import live_optimizers
+from ._torch.tensors import is_fake
 from .errors import PoetxError
 
 log = logging.getLogger(__name__)

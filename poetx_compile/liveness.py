@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, fx
 
-from ._torch import storage_of, tensors_in
+from ._torch.tensors import storage_of, tensors_in
 
 _KERNELS = {
     *("mm", "bmm", "addmm", "baddbmm", "convolution", "convolution_backward", "sort", "topk", "cumsum"),
@@ -71,7 +71,7 @@ class Walk:
         self, gm: fx.GraphModule, is_backward: bool, vocabulary: int | None, lasting: Collection[object] = ()
     ) -> None:
         """Args:
-        gm: as :func:`._torch.partition_with_inductor` hands it out, with fake tensors in ``meta["val"]``.
+        gm: as :func:`._torch.compilers.partition_with_inductor` hands it out, with fake tensors in ``meta["val"]``.
         vocabulary: the last dimension of logits.
         lasting: storages of parameters and their like.
         """
@@ -147,7 +147,7 @@ class Graphs:
     lasting: set[object] = field(default_factory=set)
 
     def note(self, graph: fx.GraphModule, is_backward: bool, lasting: Sequence[int]) -> None:
-        """Take up what :func:`._torch.partition_with_inductor` hands out."""
+        """Take up what :func:`._torch.compilers.partition_with_inductor` hands out."""
         if is_backward:
             self.backwards.insert(0, graph)
             return

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .factor import OrthogonalFactor, Turns, factors
+from .factor import OrthogonalFactor
 from .kernels import unscaled
+from .registry import factors
+from .retraction import Turns
 
 
 class Metrics:

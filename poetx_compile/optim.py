@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -13,10 +14,17 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from .errors import PoetxError
-from .factor import SKEWS_PER_BATCH, OrthogonalFactor, factors
+from .factor import OrthogonalFactor
 from .kernels import pack_skew, unpack_skew
+from .registry import factors
+from .retraction import in_batches
+
+Turned = list[tuple[OrthogonalFactor, dict[str, Any], Tensor]]
+"""Rotations that have a gradient, each with its group and the gradient of ``q``."""
 
 ADJUSTMENTS = ("match_rms_adamw", "original")
+_NEEDED = {"betas", "momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn"}
+"""Settings of a group that other optimizers lack, each some."""
 _MOST_STEPS = 99
 _LEAST_NORM = 1e-7
 
@@ -98,7 +106,7 @@ class SkewMuon(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        turned = [
+        turned: Turned = [
             (factor, group, grad)
             for group in self.param_groups
             for parameter in group["params"]
@@ -112,45 +120,48 @@ class SkewMuon(AdamW):
         finally:
             for factor, _, grad in turned:
                 factor.q.grad = grad
-        batch: list[tuple[OrthogonalFactor, dict[str, Any], Tensor]] = []
-        size = 0
-        for factor, group, grad in turned:
-            batch.append((factor, group, self._with_momentum(factor, group, grad)))
-            size += grad.numel()
-            if size >= SKEWS_PER_BATCH:
-                _turn(batch)
-                batch, size = [], 0
-        _turn(batch)
+        for batch in in_batches(turned):
+            _turn(self._with_momentum(batch))
         return loss
 
-    def _check_rotations(self, turned: list[tuple[OrthogonalFactor, dict[str, Any], Tensor]]) -> None:
+    def _check_rotations(self, turned: Turned) -> None:
         held = (parameter for group in self.param_groups for parameter in group["params"])
         if not turned and not any(factors.of_skew(parameter) for parameter in held):
             raise PoetxError(
                 "poetx: SkewMuon trains rotations, and none of its parameters is one: run torch.compile(model, backend='poetx') "
                 "before its first step, and give it model.parameters()"
             )
-        for factor, _, _ in turned:
-            entry = self.state.get(factor.q)
-            if entry and "momentum_buffer" not in entry:
+        for factor, group, _ in turned:
+            entry = self.state.get(factor.q, {})
+            is_foreign = bool(entry) and "momentum_buffer" not in entry
+            if is_foreign or not group.keys() >= _NEEDED:  # loading brings the settings of its groups
                 raise PoetxError(
                     f"poetx: the state of '{factor.name}' is another optimizer's, and SkewMuon cannot go on from it: load the "
                     "model's state_dict only"
                 )
 
-    def _with_momentum(self, factor: OrthogonalFactor, group: dict[str, Any], grad: Tensor) -> Tensor:
-        """What is to be orthogonalised, packed as ``q``."""
+    def _with_momentum(self, batch: Turned) -> Turned:
+        """What is to be orthogonalised, packed as ``q``, in the place of each gradient."""
+        updated: Turned = []
+        for _, members in itertools.groupby(batch, key=lambda each: id(each[1])):
+            rotations, (group, *_), grads = zip(*members)
+            entries = [self._entry(factor) for factor in rotations]
+            averages = [entry["momentum_buffer"] for entry in entries]
+            torch._foreach_add_([entry["step"] for entry in entries], 1)
+            torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, averages, group["momentum"]) if group["nesterov"] else averages
+            updated += [(factor, group, update) for factor, update in zip(rotations, updates)]
+        return updated
+
+    def _entry(self, factor: OrthogonalFactor) -> dict[str, Any]:
         entry = self.state[factor.q]
         if not entry:
             entry["step"] = torch.zeros(())  # AdamW looks for it in what it loads
             entry["momentum_buffer"] = torch.zeros_like(factor.q)
-        entry["step"] += 1
-        average: Tensor = entry["momentum_buffer"]
-        average.lerp_(grad, 1 - group["momentum"])
-        return grad.lerp(average, group["momentum"]) if group["nesterov"] else average
+        return entry
 
 
-def _turn(batch: list[tuple[OrthogonalFactor, dict[str, Any], Tensor]]) -> None:
+def _turn(batch: Turned) -> None:
     """Write the steps of many rotations; blocks of one width share their products, whatever weight they belong to."""
     members: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, Any]]] = defaultdict(list)
     for factor, group, update in batch:

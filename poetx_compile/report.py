@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import conversion, initial
-from ._torch import live_optimizers, own_grad
-from .factor import OrthogonalFactor, factors
+from ._torch.optimizers import live_optimizers
+from ._torch.parameters import own_grad
+from .factor import OrthogonalFactor
 from .kernels import HALF
 from .ladder import Chosen
+from .registry import factors
 
 _ASSUMED_STATES = 2
 _WIDTH = 140

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary, ref
 import torch
 from torch import Tensor, fx
 
-from ._torch import context_function
+from ._torch.graphs import context_function
 from .config import PoetxConfig
 from .factor import OrthogonalFactor
 

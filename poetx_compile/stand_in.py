@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._torch import map_tensors, own_operations, storage_of, tensors_in, trace_as_parameter, under_functorch
+from ._torch.parameters import own_operations, trace_as_parameter, under_functorch
+from ._torch.tensors import map_tensors, storage_of, tensors_in
 from .base import BASES, check_range
 from .errors import PoetxError
-from .factor import OrthogonalFactor, factors
+from .factor import OrthogonalFactor
 from .fingerprint import fingerprint
 from .kernels import LINEAR_VERSION, lean_linear, lean_weight
+from .registry import factors
 
 Function = Callable[..., Any]
 

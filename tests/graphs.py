@@ -12,7 +12,7 @@ from spellings import INPUTS, Spelled, Spelling
 from torch import Tensor, fx, nn
 
 from poetx_compile import PoetxConfig
-from poetx_compile._torch import copy_graph
+from poetx_compile._torch.graphs import copy_graph
 from poetx_compile.passes import LinearMatch, Skip, SkipReason, match, normalize
 
 CONFIG = PoetxConfig(block_size=16)

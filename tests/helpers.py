@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poetx_compile import PoetxConfig
-from poetx_compile.factor import OrthogonalFactor, factors
+from poetx_compile.factor import OrthogonalFactor
+from poetx_compile.registry import factors
 
 OPTIONS: dict[str, Any] = {"inner": "aot_eager", "block_size": 16, "chunk": 4}
 

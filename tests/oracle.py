@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poetx_compile.factor import OrthogonalFactor, factors
+from poetx_compile.factor import OrthogonalFactor
 from poetx_compile.layout import BlockLayout
+from poetx_compile.registry import factors
 
 
 def orthogonal(skew: Tensor, layout: BlockLayout, channels: Tensor, scale: float) -> Tensor:

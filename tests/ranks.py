@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import poetx_compile
 from poetx_compile.backend import poetx
-from poetx_compile.factor import factors
+from poetx_compile.registry import factors
 
 GLOBAL_BATCH, STEPS, SAVED_AT = 8, 4, 2
 SKEWS_OF_A_LAYER = 8 * 3 * 120

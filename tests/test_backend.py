@@ -25,7 +25,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.pytorch_utils import Conv1D
 
-from poetx_compile.factor import factors
+from poetx_compile.registry import factors
 
 pytestmark = pytest.mark.filterwarnings("ignore:poetx. .* no torch.optim.Optimizer holds it")
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 from poetx_compile import PoetxError, PoetxWarning
-from poetx_compile.factor import factors
+from poetx_compile.registry import factors
 
 exact = partial(torch.testing.assert_close, rtol=0, atol=0)
 

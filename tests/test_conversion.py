@@ -13,8 +13,8 @@ from helpers import factor_of
 from torch import Tensor, nn
 
 from poetx_compile import PoetxConfig, PoetxError, conversion
-from poetx_compile.factor import factors
 from poetx_compile.passes import SkipReason
+from poetx_compile.registry import factors
 
 OPTIONS: dict[str, Any] = {"inner": "aot_eager", "block_size": 16}
 CONFIG = PoetxConfig(**OPTIONS)

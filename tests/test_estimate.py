@@ -15,10 +15,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
 from poetx_compile import PoetxConfig, PoetxError, report
-from poetx_compile._torch import is_fake
+from poetx_compile._torch.tensors import is_fake
 from poetx_compile.base import BASES
 from poetx_compile.estimate import estimate, trace
-from poetx_compile.factor import factors
+from poetx_compile.registry import factors
 
 OPTIONS = {"block_size": 64}
 CONFIGS: dict[str, PretrainedConfig] = {

@@ -14,7 +14,7 @@ import torch
 from helpers import Experts, factor_of, loss, network, rotating, train, values
 from torch import Tensor, nn, optim
 
-from poetx_compile import PoetxError, PoetxWarning, factor, kernels
+from poetx_compile import PoetxError, PoetxWarning, kernels, retraction
 from poetx_compile.kernels import naive
 
 exact = partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -50,7 +50,7 @@ class TestOutOfMemoryInRetraction:
     def test_moves_no_rotated_weight(
         self, kernel: str, at: int, trained: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(factor, "SKEWS_PER_BATCH", 1)  # each layer is a batch, as large ones are
+        monkeypatch.setattr(retraction, "SKEWS_PER_BATCH", 1)  # each layer is a batch, as large ones are
         model = network(dtype)
         optimizer = make(model.parameters())
         compiled = rotating(model, permutation_period=3)

@@ -16,9 +16,9 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from poetx_compile import PoetxConfig, PoetxError, fitting, prepare, report, restore
 from poetx_compile.estimate import estimate, trace
-from poetx_compile.factor import factors
 from poetx_compile.ladder import MARGIN, Chosen
 from poetx_compile.optim import SkewMuon
+from poetx_compile.registry import factors
 
 OPTIONS = {"block_size": 32, "inner": "aot_eager"}
 

@@ -11,7 +11,7 @@ from helpers import Block, loss, network, train, values
 from modes import DEBUG, SETTINGS, STANCES
 from torch import Tensor, nn
 
-from poetx_compile.factor import factors
+from poetx_compile.registry import factors
 
 WHOLE: dict[str, Any] = {"block_size": 256, "chunk": 0}
 

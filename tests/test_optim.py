@@ -15,10 +15,11 @@ import torch
 from helpers import Experts, Explicit, factor_of, loss, network, rotating, train, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import OwningFactor, normal
 from torch import Tensor, nn
 from torch.optim import AdamW, lr_scheduler
 
-from poetx_compile import Metrics, PoetxError, prepare
+from poetx_compile import Metrics, PoetxConfig, PoetxError, prepare, retraction
 from poetx_compile.kernels import unpack_skew
 from poetx_compile.optim import SkewMuon, orthogonalize_skew
 
@@ -161,6 +162,48 @@ class TestSteps:
         optimizer.step()
         angle = metrics.last["poetx/angle/0.weight"]
         assert angle == pytest.approx(2 * 2.0 * 0.2 * 1e-3 * math.sqrt(64), rel=0.25)
+
+    @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("nesterov", [True, False])
+    def test_momentum_of_all_at_once_is_that_of_each_alone(self, nesterov: bool, dtype: torch.dtype, device: str) -> None:
+        """Bit by bit, where groups differ and another dtype stands between."""
+        config = PoetxConfig(block_size=16, chunk=4, skew_dtype="bfloat16")
+        dtypes = [dtype, dtype, torch.float32, dtype]
+        rotated = [
+            OwningFactor(nn.Parameter(normal(40, 16 * n, seed=n, dtype=kind, device=device)), str(n), config)
+            for n, kind in enumerate(dtypes, 1)
+        ]
+        optimizer = SkewMuon(
+            [
+                {"params": [factor.weight for factor in rotated[:2]], "momentum": 0.3},
+                {"params": [factor.weight for factor in rotated[2:]]},
+            ],
+            nesterov=nesterov,
+        )
+        groups = [optimizer.param_groups[place] for place in (0, 0, 1, 1)]
+        averages = [torch.zeros_like(factor.q) for factor in rotated]
+        for step in range(1, 4):
+            grads = [normal(*factor.q.shape, seed=step, dtype=factor.q.dtype, device=device) for factor in rotated]
+            found = optimizer._with_momentum(list(zip(rotated, groups, grads)))
+            assert [(factor, id(group)) for factor, group, _ in found] == list(zip(rotated, map(id, groups)))
+            for (factor, group, update), grad, average in zip(found, grads, averages):
+                momentum = group["momentum"]
+                average.lerp_(grad, 1 - momentum)
+                exact(update, grad.lerp(average, momentum) if nesterov else average)
+                exact(optimizer.state[factor.q]["momentum_buffer"], average)
+                assert optimizer.state[factor.q]["step"] == step
+
+    def test_batches_of_any_size_end_alike(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def trained() -> list[Tensor]:
+            torch._dynamo.reset()
+            model = network()
+            train(rotating(model), SkewMuon(model.parameters(), lr=0.01), range(3))
+            return values(model)
+
+        together = trained()
+        monkeypatch.setattr(retraction, "SKEWS_PER_BATCH", 1)
+        close(trained(), together)
 
     def test_stacks_and_kernels(self) -> None:
         model = Experts()
@@ -328,19 +371,49 @@ class TestRefusals:
             optimizer.step()
         exact(values(model), before)
 
-    def test_state_of_another_optimizer(self) -> None:
+    @pytest.mark.parametrize(
+        "setting", [{}, {"foreach": True}, {"foreach": False}, {"fused": False}, {"fused": True}], ids=str
+    )
+    @pytest.mark.parametrize("before", ["conversion", "first step", "another step"])
+    @pytest.mark.parametrize("trained", [0, 2])
+    @pytest.mark.parametrize("with_settings", [True, False])
+    def test_state_of_adamw(self, with_settings: bool, trained: int, before: str, setting: dict[str, Any]) -> None:
+        """Whenever it arrives, and though settings are all that it holds; its settings may have been put right."""
+        source = network()
+        adamw = AdamW(source.parameters())
+        train(rotating(source), adamw, range(trained))
+        torch._dynamo.reset()
+
         model = network()
-        compiled, optimizer = rotating(model), AdamW(model.parameters())
-        train(compiled, optimizer, range(2))
-        other = SkewMuon(model.parameters())
-        states = optimizer.state_dict()
-        states["param_groups"] = other.state_dict()["param_groups"]
-        other.load_state_dict(states)
+        optimizer = SkewMuon(model.parameters(), **setting)
+        compiled = rotating(model)
+        if before != "conversion":
+            loss(compiled, 0)
+        if before == "another step":
+            train(compiled, optimizer, range(2))
+        states = adamw.state_dict()
+        if not with_settings:
+            states["param_groups"] = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(states)
+        old = values(model)
         loss(compiled, 2).backward()
-        before = values(model)
+        if trained or with_settings:
+            with pytest.raises(PoetxError, match=r"the state of '0\.weight' is another optimizer's"):
+                optimizer.step()
+            exact(values(model), old)
+        else:  # nothing of AdamW's is left
+            optimizer.step()
+            assert not torch.equal(model[0].weight, old[0])
+
+    def test_settings_of_muon(self) -> None:
+        model = network()
+        muon, optimizer = torch.optim.Muon([model[0].weight]), SkewMuon([model[0].weight])
+        optimizer.load_state_dict(muon.state_dict())
+        compiled, old = rotating(model, exclude=["2"]), values(model)
+        loss(compiled, 0).backward()
         with pytest.raises(PoetxError, match="is another optimizer's"):
-            other.step()
-        exact(values(model), before)
+            optimizer.step()
+        exact(values(model), old)
 
     def test_prepare_takes_it(self) -> None:
         model = network()

@@ -18,7 +18,9 @@ from torch import Tensor, nn, optim
 
 from poetx_compile import PoetxConfig, PoetxError, conversion, restore, stand_in
 from poetx_compile.base import BASES
-from poetx_compile.factor import OrthogonalFactor, factors
+from poetx_compile.factor import OrthogonalFactor
+from poetx_compile.registry import factors
+from poetx_compile.retraction import retract_all
 from poetx_compile.stand_in import StandIn, values
 
 CONFIG = PoetxConfig(block_size=16, chunk=4)
@@ -41,7 +43,7 @@ def packed(
 def turn(factor: OrthogonalFactor, seed: int) -> None:
     with torch.no_grad():
         factor.q.copy_(normal(factor.q.numel(), seed=seed, dtype=factor.q.dtype) * 0.1)
-    factor.retract()
+    retract_all([(factor, 1.0)])
     factor.count_step()
 
 

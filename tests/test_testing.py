@@ -19,7 +19,7 @@ from zoo import ZOO, Toy
 
 from poetx_compile import factor as factor_module
 from poetx_compile.factor import OrthogonalFactor
-from poetx_compile.factor import factors as registry
+from poetx_compile.registry import factors as registry
 from poetx_compile.testing import check, check_equivalence, explicit_weight
 from poetx_compile.testing.blocks import LEAVES, Leaf
 from poetx_compile.testing.strategies import models

@@ -14,8 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from poetx_compile.base import BASES
 from poetx_compile.conversion import skip_reason
-from poetx_compile.factor import factors
 from poetx_compile.passes import SkipReason
+from poetx_compile.registry import factors
 from poetx_compile.stand_in import StandIn
 
 VOCABULARY = 96

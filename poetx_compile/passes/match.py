@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .._torch import checkpointed, functorch_nodes, gradient_hooks, is_fake, source_name
+from .._torch.graphs import checkpointed, functorch_nodes, source_name
+from .._torch.parameters import gradient_hooks
+from .._torch.tensors import is_fake
 from ..config import PoetxConfig
-from ..factor import factors, stacked
+from ..factor import stacked
 from ..layout import StackLayout
+from ..registry import factors
 from .normalize import ADDMM, LINEAR, MATMUL, is_bias, outputs_of
 from .uses import Use, UseGraph
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .._torch import checkpointed
+from .._torch.graphs import checkpointed
 from .uses import handed_on, is_transposed_attribute
 
 LINEAR = torch._C._nn.linear

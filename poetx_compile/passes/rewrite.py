@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from .._torch import add_input, checkpointed
+from .._torch.graphs import add_input, checkpointed
 from ..factor import OrthogonalFactor
 from ..kernels import LINEAR_VERSION, lean_linear, rotated_linear
 from .match import LinearMatch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .._torch import checkpointed, functorch_nodes
+from .._torch.graphs import checkpointed, functorch_nodes
 from ..errors import PoetxError
 from ..factor import OrthogonalFactor
 from ..kernels import LINEAR_VERSION, effective, lean_weight

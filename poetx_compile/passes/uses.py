@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .._torch import WEIGHT_NORM, bodies, checkpointed
+from .._torch.graphs import WEIGHT_NORM, bodies, checkpointed
 
 _VIEW_METHODS = """
     t transpose permute swapaxes swapdims adjoint view view_as reshape reshape_as flatten unflatten unsqueeze squeeze expand

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .._torch import graph_break
+from .._torch.compilers import graph_break
 
 
 class Activated(nn.Module):

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import map_tensors, tensors_in
+from .._torch.tensors import map_tensors, tensors_in
 from ..api import report
 from ..conversion import skip_reason
-from ..factor import factors
+from ..registry import factors
 from ..report import Report
 from .explicit import explicit_weight
 

@@ -43,7 +43,7 @@ def test_every_weight_turns_by_the_angle_that_was_asked(spectrum: ModuleType) ->
     factor = spectrum.OrthogonalFactor(weight, "w", spectrum.PoetxConfig(block_size=32))
     factor.q.data.normal_().mul_(spectrum.skew_size(factor, 0.01))
     before = weight.detach().clone()
-    factor.retract()
+    spectrum.retract_all([(factor, 1.0)])
     moved = ((weight - before).norm() / before.norm()).item()
     assert moved == pytest.approx(0.01 * 2**0.5, rel=0.1)  # both sides
 

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from train_run import Case
 
 from poetx_compile import PoetxConfig, PoetxError, forecast
-from poetx_compile.factor import factors
+from poetx_compile.registry import factors
 
 TINY = llama.SIZES["tiny"]
 MODEL = f"llama:hidden={TINY.hidden},intermediate={TINY.ffn},layers=1,heads={TINY.heads},vocab={TINY.vocabulary}"

@@ -16,6 +16,7 @@ from poetx_compile.base import BASES
 from poetx_compile.factor import OrthogonalFactor
 from poetx_compile.kernels import LINEAR_VERSION, Made, effective, lean_linear, lean_weight
 from poetx_compile.kernels.quantize import GROUP, dequantize, quantize_
+from poetx_compile.retraction import retract_all
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -120,14 +121,14 @@ def arguments(factor: OrthogonalFactor, q: Tensor) -> tuple[tuple[Any, ...], tup
 
 def lean(factor: OwningFactor, storage: str) -> OwningFactor:
     """The same factor with its weight stored lean, after one large rotation."""
-    from poetx_compile.factor import factors as registry
+    from poetx_compile.registry import factors as registry
 
     registry.add(factor)
     factor.storage = storage
     stand_in.pack([factor])
     with torch.no_grad():
         factor.q.copy_(normal(factor.q.numel(), seed=9) * 0.3)
-    factor.retract()
+    retract_all([(factor, 1.0)])
     return factor
 
 

@@ -25,14 +25,15 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import poetx_compile
 from poetx_compile import PoetxConfig, conversion, optimizer
-from poetx_compile._torch import fake_tensors
+from poetx_compile._torch.tensors import fake_tensors
 from poetx_compile.backend import convert
 from poetx_compile.estimate import trace
-from poetx_compile.factor import OrthogonalFactor, factors
+from poetx_compile.factor import OrthogonalFactor
 from poetx_compile.kernels import group, ops, rehearsal, tuning
 from poetx_compile.kernels.rehearsal import PARTS, Kind, Side
 from poetx_compile.layout import BlockLayout
 from poetx_compile.passes import LinearMatch
+from poetx_compile.registry import factors
 
 SCRIPT = Path(__file__).with_name("rehearsed.py")
 

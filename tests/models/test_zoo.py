@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo import ZOO, Toy
 
 from poetx_compile import Report, report
-from poetx_compile.factor import factors
+from poetx_compile.registry import factors
 
 STEPS = 8
 OPTIONS: dict[str, Any] = {"inner": "aot_eager", "block_size": 16, "chunk": 8}

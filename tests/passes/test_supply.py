@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from poetx_compile import PoetxConfig, conversion, stand_in
 from poetx_compile.passes import supply
+from poetx_compile.retraction import retract_all
 
 CONFIG = PoetxConfig(**OPTIONS | {"storage": "int8"})
 USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
@@ -51,7 +52,7 @@ def packed(use: Callable[[Any, Tensor], Tensor]) -> Uses:
     stand_in.pack([factor])
     with torch.no_grad():
         factor.q.copy_(normal(factor.q.numel(), seed=1) * 0.1)
-    factor.retract()
+    retract_all([(factor, 1.0)])
     return model
 
 

@@ -1,0 +1,111 @@
+"""DistributedDataParallel and FullyShardedDataParallel, around modules and inside compiled graphs."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import inspect
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+
+def distributed_wrapper(weights: Iterable[Tensor]) -> str | None:
+    """The kind of wrapper that already manages the gradients of these weights, if any."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    wanted = {id(weight) for weight in weights}
+    for wrapper in (DistributedDataParallel, FullyShardedDataParallel, FSDPModule):
+        for thing in gc.get_objects():
+            if issubclass(type(thing), wrapper) and any(id(p) in wanted for p in thing.parameters()):
+                return wrapper.__name__
+    return None
+
+
+def within_ddp_constructor(context: Callable[[nn.Module, dict[str, Any]], AbstractContextManager[None]]) -> None:
+    """Build every DistributedDataParallel inside ``context(module, arguments)``, by the names of its constructor."""
+    if not torch.distributed.is_available():
+        return
+    from torch.nn.parallel import DistributedDataParallel
+
+    build = DistributedDataParallel.__init__
+
+    @functools.wraps(build)
+    def inside(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(build).bind(self, module, *args, **kwargs)
+        with context(module, dict(given.arguments)):
+            build(self, module, *args, **kwargs)
+
+    DistributedDataParallel.__init__ = inside  # type: ignore[method-assign]
+
+
+def before_fsdp_constructor(check: Callable[[nn.Module], None]) -> None:
+    """Call ``check(module)`` before FullyShardedDataParallel is built around a module. ``fully_shard`` is no class."""
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    build = FullyShardedDataParallel.__init__
+
+    @functools.wraps(build)
+    def checked(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        check(module)
+        build(self, module, *args, **kwargs)
+
+    FullyShardedDataParallel.__init__ = checked  # type: ignore[method-assign]
+
+
+def after_ddp_join(follow: Callable[[nn.Module, Any, int], None]) -> None:
+    """When ranks with unequal inputs leave ``join()`` and one sent its weights: ``follow(module, process_group, its_rank)``."""
+    if not torch.distributed.is_available():
+        return
+    from torch.nn.parallel import DistributedDataParallel
+
+    send = DistributedDataParallel._sync_final_model
+
+    @functools.wraps(send)
+    def sending(self: Any, is_last_joiner: bool) -> None:
+        send(self, is_last_joiner)
+        follow(self.module, self.process_group, self._authoritative_rank)
+
+    DistributedDataParallel._sync_final_model = sending  # type: ignore[method-assign]
+
+
+def count_in_ddp_pieces(reduced_bytes: Callable[[Tensor], int | None]) -> None:
+    """Where Dynamo cuts the graph of a DistributedDataParallel model by buckets, let it count what is really reduced.
+
+    Args:
+        reduced_bytes: what a parameter takes in a bucket; None for its own bytes.
+    """
+    if not torch.distributed.is_available():
+        return
+    from torch._dynamo.backends.distributed import Bucket, DDPOptimizer
+
+    count = DDPOptimizer.add_param_args
+
+    @functools.wraps(count)
+    def counting(self: DDPOptimizer, bucket: Bucket, node: fx.Node) -> None:
+        count(self, bucket, node)
+        for argument in node.args:
+            if isinstance(argument, fx.Node) and argument.op == "placeholder" and "grapharg" in argument.meta:
+                parameter = argument.meta["grapharg"].example
+                reduced = reduced_bytes(parameter)
+                if reduced is not None:
+                    bucket.size += reduced - parameter.untyped_storage().nbytes()
+
+    DDPOptimizer.add_param_args = counting  # type: ignore[method-assign]
+
+
+def active_ddp() -> bool:
+    """Whether this runs inside the forward of a DistributedDataParallel module."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel._get_active_ddp_module() is not None

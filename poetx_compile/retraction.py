@@ -1,0 +1,73 @@
+"""Retraction: the rotations of many weights, made together and folded into them."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .factor import OrthogonalFactor
+
+SKEWS_PER_BATCH = 1 << 22
+"""Skew parameters whose rotations are made at once: about 300 MB of scratch memory, more where one weight has more."""
+
+Item = TypeVar("Item", bound=tuple[Any, ...])
+
+Turns = list[tuple[OrthogonalFactor, list[Tensor]]]
+"""Factors, each with what its :meth:`OrthogonalFactor.fold` takes."""
+
+
+@torch.no_grad()
+def retract_all(work: Iterable[tuple[OrthogonalFactor, float]], look: Callable[[Turns], None] | None = None) -> None:
+    """Fold the rotations of many weights; blocks of one width share their launches, whatever weight they belong to.
+
+    All rotations are made before the first weight is written: where memory for them is missing, every weight stays as it
+    was. Until then they take twice the memory of all ``q`` (as much as ``q`` where they are float16). The Triton kernel
+    that folds needs none beside; elsewhere the largest weight goes first, and leaves its scratch to the others.
+
+    Args:
+        work: factors, each with a gain that multiplies its ``q`` first, for optimizers that scale by the size of what they
+            train.
+        look: sees the rotations before they are folded.
+    """
+    made: Turns = []
+    for batch in in_batches(work):
+        made += _rotations(batch)
+    if look is not None:
+        look(made)
+    for factor, rotations in sorted(made, key=lambda pair: math.prod(pair[0].stack.shape), reverse=True):
+        factor.fold(rotations)
+
+
+def in_batches(work: Iterable[Item]) -> Iterator[list[Item]]:
+    """Cut work, each item a tuple that begins with a factor, into parts of about :data:`SKEWS_PER_BATCH`."""
+    batch: list[Item] = []
+    size = 0
+    for item in work:
+        batch.append(item)
+        size += item[0].q.numel()
+        if size >= SKEWS_PER_BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _rotations(batch: list[tuple[OrthogonalFactor, float]]) -> Turns:
+    groups: dict[tuple[Any, ...], list[tuple[OrthogonalFactor, int, int, Tensor]]] = defaultdict(list)
+    for factor, gain in batch:
+        for place, (packed, side) in enumerate(factor.skews()):
+            key = (side.width, gain * factor.config.scale, factor.precision, packed.device, packed.dtype)
+            groups[key].append((factor, place, side.count, packed))
+    rotations: dict[tuple[OrthogonalFactor, int], Tensor] = {}
+    for (width, scale, precision, *_), members in groups.items():
+        skews = torch.cat([packed for *_, packed in members])
+        turned = kernels.cayley_neumann(skews.to(kernels.master_dtype(skews.dtype)), width, scale, precision)
+        parts = turned.split([count for _, _, count, _ in members])
+        rotations.update({(factor, place): part for (factor, place, *_), part in zip(members, parts)})
+    return [(factor, [rotations[factor, place] for place, _ in enumerate(factor.skews())]) for factor, _ in batch]
