@@ -333,7 +333,8 @@ def test_auto_is_what_the_card_has_and_estimating_takes_none_of_it() -> None:
         run = torch.compile(model, backend="poetx", options={"memory": "auto", "block_size": 32})
         run(batch().cuda()).float().square().mean().backward()
     optimizer.step()
-    assert taken == [0]
+    smallest = min(weight.nbytes for weight in model.parameters() if weight.ndim == 2)
+    assert len(taken) == 1 and taken[0] < smallest / 16  # Inductor makes its patterns of a few small tensors, once
     assert settings(model) == {("folded", "float32", 1.0)}
     chosen = report(model, show=False).chosen
     share = torch.cuda.get_per_process_memory_fraction()
