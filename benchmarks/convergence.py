@@ -28,7 +28,7 @@ from convergence_recipes import SIZES, Recipe
 from convergence_rows import Key, by_run, merged, read_csv, write_csv
 from convergence_run import Case
 from convergence_suites import SUITES
-from convergence_table import markdown, write_into
+from convergence_table import markdown, write_all
 
 RESULTS = Path(__file__).parent / "results"
 CHILD = Path(__file__).with_name("convergence_run.py")
@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if mine:
         print(markdown(mine), out, *plot_convergence.draw(out), sep="\n")
     if args.document is not None:
-        write_into(args.document, board.lines)
+        write_all(args.document, board.lines)
     sys.exit(0 if is_well else 1)
 
 

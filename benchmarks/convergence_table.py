@@ -14,6 +14,7 @@ from statistics import mean
 from convergence_recipes import Recipe
 from convergence_rows import Key, Line, Row, by_run, read_csv
 from convergence_suites import SUITES
+from documents import table_line, write_into
 
 NOTHING = "*Not measured yet.*"
 
@@ -30,10 +31,10 @@ def markdown(lines: Sequence[Line]) -> str:
     headings = ["model", "tokens, M", "epochs", "recipe", "validation", *kinds, "seeds", "seconds", "peak, GB"]
     ordered = sorted(groups, key=lambda key: (key.size, key.steps * key.batch * key.seq, _loss(groups[key])))
     table = [
-        _line(headings),
+        table_line(headings),
         f"|{'---|' * 4}{'---:|' * (len(headings) - 4)}".replace("---|---|---|---|", "---|---:|---:|---|", 1),
     ]
-    return "\n".join([*table, *(_line(_cells(key, groups[key], kinds)) for key in ordered)])
+    return "\n".join([*table, *(table_line(_cells(key, groups[key], kinds)) for key in ordered)])
 
 
 def tables(lines: Sequence[Line]) -> dict[str, str]:
@@ -42,20 +43,13 @@ def tables(lines: Sequence[Line]) -> dict[str, str]:
     return {name: markdown([line for line in lines if line.key.recipe in recipes]) for name, recipes in asked.items()}
 
 
-def write_into(document: Path, lines: Sequence[Line]) -> None:
+def write_all(document: Path, lines: Sequence[Line]) -> None:
     """Put each question's table between its markers.
 
     Raises:
         ValueError: the document has no such markers for a question, or not once each.
     """
-    text = document.read_text()
-    for name, table in tables(lines).items():
-        begin, end = (f"<!-- convergence {name}: {place} -->" for place in ("begin", "end"))
-        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            raise ValueError(f"{document} must hold {begin} and then {end}, once each")
-        before, after = text[: text.index(begin)], text[text.index(end) :]
-        text = f"{before}{begin}\n{table}\n{after}"
-    document.write_text(text)
+    write_into(document, {f"convergence {name}": table for name, table in tables(lines).items()})
 
 
 def _loss(rows: Sequence[Row]) -> float:
@@ -85,12 +79,8 @@ def _cells(key: Key, rows: Sequence[Row], kinds: Sequence[str]) -> list[str]:
     ]
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def main(source: str, document: str) -> None:
-    write_into(Path(document), read_csv(Path(source)))
+    write_all(Path(document), read_csv(Path(source)))
 
 
 if __name__ == "__main__":

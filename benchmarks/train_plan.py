@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from train_run import Case
 
 from poetx_compile.config import split_options
-from poetx_compile.estimate import estimate, trace
+from poetx_compile.estimate import Estimate, estimate, trace
 from poetx_compile.stepper import Stepper
 
 PLANNED = ("poetx", "adamw")
 
 
-def planned_bytes(case: Case) -> int | None:
+def planned(case: Case) -> Estimate | None:
     """Memory at the peak of a step, with fused AdamW; the device of the case is not asked.
 
     None for what the estimator does not know: another method, Inductor's own options and modes, several micro-batches.
@@ -40,7 +40,12 @@ def planned_bytes(case: Case) -> int | None:
         return model(input_ids=ids, labels=ids, use_cache=False).loss
 
     traced = trace(build, loss, settings if spec.name == "poetx" else None, case.shape.vocabulary)
-    return estimate(traced, settings.residual_bits, Stepper(is_fused=True)).total
+    return estimate(traced, settings.residual_bits, Stepper(is_fused=True))
+
+
+def planned_bytes(case: Case) -> int | None:
+    found = planned(case)
+    return None if found is None else found.total
 
 
 def main(case_text: str, out: str) -> None:

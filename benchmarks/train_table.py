@@ -9,10 +9,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from documents import table_line, write_into
 from rows import read_csv
 from train_rows import Row
 
-BEGIN, END = "<!-- train-step: begin -->", "<!-- train-step: end -->"
+NAME = "train-step"
+"""Of the markers in the document."""
 
 SHORT = (
     *("model", "tokens a step", "method", "tokens/s", "step, ms", "optimizer", "of it retraction"),
@@ -32,28 +34,11 @@ def markdown(rows: Sequence[Row], headings: Sequence[str] = ()) -> str:
     ordered = sorted(last.values(), key=lambda row: points.index(row.point))
     measured = [_cells(row) for row in ordered if row.step_ms is not None]
     shown = headings or (list(measured[0]) if measured else SHORT)
-    lines = [_line(shown), f"|{'---|' * _TEXTS}{'---:|' * (len(shown) - _TEXTS)}"]
-    lines += [_line([cells[heading] for heading in shown]) for cells in measured]
+    lines = [table_line(shown), f"|{'---|' * _TEXTS}{'---:|' * (len(shown) - _TEXTS)}"]
+    lines += [table_line([cells[heading] for heading in shown]) for cells in measured]
     remarks = [(row, text) for row in ordered for text in (_failure(row), row.note) if text]
     lines += ["", *(f"* {_model(row)}, {_tokens(row)}, {row.label}: {text}" for row, text in remarks)]
     return "\n".join(lines).rstrip()
-
-
-def write_into(document: Path, table: str) -> None:
-    """Put a table between the markers of a document.
-
-    Raises:
-        ValueError: the document has no such markers, or not once each.
-    """
-    text = document.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{document} must hold {BEGIN} and then {END}, once each")
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    document.write_text(f"{before}{BEGIN}\n{table}\n{after}")
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _cells(row: Row) -> dict[str, str]:
@@ -111,7 +96,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def main(source: str, document: str) -> None:
-    write_into(Path(document), markdown([row for row, _ in read_csv(Path(source), Row)], SHORT))
+    write_into(Path(document), {NAME: markdown([row for row, _ in read_csv(Path(source), Row)], SHORT)})
 
 
 if __name__ == "__main__":

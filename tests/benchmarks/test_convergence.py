@@ -275,7 +275,7 @@ def test_a_recipe_has_one_spelling(bench: ModuleType) -> None:
 def test_every_question_has_its_place_in_the_document(bench: ModuleType, tmp_path: Path) -> None:
     from convergence_rows import Key, Line, Row
     from convergence_suites import SUITES
-    from convergence_table import NOTHING, write_into
+    from convergence_table import NOTHING, write_all
 
     document = tmp_path / "convergence.md"
     document.write_text((BENCHMARKS.parent / "docs" / "convergence.md").read_text())
@@ -296,7 +296,7 @@ def test_every_question_has_its_place_in_the_document(bench: ModuleType, tmp_pat
         )
         for seed in (0, 1)
     ]
-    write_into(document, lines)
+    write_all(document, lines)
     text = document.read_text()
     assert "| 60m | 26.2 | 0.32 | `official:lr=0.001` | 4.050 ± 0.050 | 3.000 | 2 | 50 | 10.0 |" in text
     assert text.count(NOTHING) == len(SUITES) - 1
