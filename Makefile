@@ -1,4 +1,4 @@
-# make demo   pretrain a small Llama by rotations, then by ordinary training, and compare (minutes on two cores)
+# make demo   pretrain a small Llama by rotations, with AdamW and with SkewMuon, then by ordinary training (minutes on two cores)
 # make test   linters, type checker and tests
 #
 # Each sets up .venv first. Choices:   make demo PYTHON=python3.12 TORCH=torch==2.12.0 DEMO="--config 60m"
@@ -6,7 +6,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-DEMO ?= --compare adamw
+DEMO ?= --compare skewmuon,adamw
 TESTS ?=
 BIN := .venv/bin
 

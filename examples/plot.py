@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from record import Row
 
-_STYLES = {"poetx": ("#0b6e99", "POET-X"), "adamw": ("#c8553d", "AdamW")}
+_STYLES = {"poetx": ("#0b6e99", "POET-X"), "skewmuon": ("#3a8f5c", "POET-X, SkewMuon"), "adamw": ("#c8553d", "AdamW")}
 _NEIGHBOURS = 2
 
 

@@ -1,7 +1,7 @@
 """Pretrain an unmodified Llama on the bytes of a folder of text, with ``torch.compile(model, backend="poetx")``.
 
     python examples/pretrain.py                      a small model and Python's own source: minutes on two cores
-    python examples/pretrain.py --compare adamw      the same again by ordinary training, and both in one plot
+    python examples/pretrain.py --compare skewmuon,adamw    the same by rotations with SkewMuon, and by ordinary training; one plot
     python examples/pretrain.py --config 350m --corpus ~/books --out runs/books
 
 The output folder receives metrics.csv, loss.png, run.json, and for each method a checkpoint and the trained model in
@@ -48,6 +48,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, get
 from transformers.utils.logging import disable_progress_bar
 
 import poetx_compile
+from poetx_compile.optim import SkewMuon
 
 LOG_EVERY = 10
 VALIDATION_BATCHES = 8
@@ -71,12 +72,16 @@ class Size:
     seq: int = 1024
     lr: float = 2e-3
     adamw_lr: float = 1e-3
+    skewmuon_lr: float = 8e-3
     block_size: int = 256
 
 
+SKEWMUON_SCALE = 0.25
+"""Rotations want a lower rate than embedding and head: docs/convergence.md."""
+
 SIZES = {
-    "tiny": Size(128, 384, 4, 4, 4, steps=300, batch=16, seq=128, lr=4e-3, adamw_lr=4e-3, block_size=64),
-    "60m": Size(512, 1280, 8, 8, 8),
+    "tiny": Size(128, 384, 4, 4, 4, steps=300, batch=16, seq=128, lr=4e-3, adamw_lr=4e-3, skewmuon_lr=1.6e-2, block_size=64),
+    "60m": Size(512, 1280, 8, 8, 8, skewmuon_lr=1.6e-2),
     "130m": Size(768, 2048, 12, 12, 12),
     "350m": Size(1024, 2736, 24, 16, 16),
     "1b": Size(2048, 5632, 24, 16, 16),
@@ -137,9 +142,11 @@ def plan(args: argparse.Namespace, corpus: Corpus) -> list[Settings]:
         lr=args.lr,
         block_size=args.block_size,
     )
-    if args.compare is None:
-        return [first]
-    return [first, dataclasses.replace(first, method=args.compare, lr=args.adamw_lr, block_size=None)]
+    others = {
+        "skewmuon": dataclasses.replace(first, method="skewmuon", lr=args.skewmuon_lr),
+        "adamw": dataclasses.replace(first, method="adamw", lr=args.adamw_lr, block_size=None),
+    }
+    return [first, *(others[name] for name in args.compare)]
 
 
 def build(settings: Settings, device: str) -> PreTrainedModel:
@@ -171,11 +178,14 @@ def train(settings: Settings, args: argparse.Namespace, corpus: Corpus, earlier:
     """Train one model to the last step, from its initial weights or from its checkpoint."""
     forget_peak_memory(args.device)
     model = build(settings, args.device)
-    if settings.method == "poetx":
-        compiled = torch.compile(model, backend="poetx", options={"block_size": settings.block_size, "inner": args.inner})
-    else:
+    if settings.method == "adamw":
         compiled = torch.compile(model, backend=args.inner)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr)
+    else:
+        scale = SKEWMUON_SCALE if settings.method == "skewmuon" else 1.0
+        options = {"block_size": settings.block_size, "scale": scale, "inner": args.inner}
+        compiled = torch.compile(model, backend="poetx", options=options)
+    kind = SkewMuon if settings.method == "skewmuon" else torch.optim.AdamW
+    optimizer = kind(model.parameters(), lr=settings.lr)
     scheduler = get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, num_warmup_steps=settings.steps // 10, num_training_steps=settings.steps, min_lr_rate=0.1
     )
@@ -237,7 +247,7 @@ def train(settings: Settings, args: argparse.Namespace, corpus: Corpus, earlier:
                     watch.save()
             started = time.perf_counter()
 
-    if settings.method == "poetx":
+    if settings.method != "adamw":
         poetx_compile.report(model)
     model.save_pretrained(args.out / settings.method)
     show_samples(model, settings)
@@ -310,7 +320,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", choices=SIZES, help="size of the model (default: 130m on a GPU, tiny elsewhere)")
     add("--corpus", type=Path, help="folder of text files (default: the standard library's modules)")
-    add("--compare", choices=("adamw",), help="train the same model again by ordinary training")
+    add("--compare", type=methods, default=[], metavar="skewmuon,adamw", help="train the same model again by these too")
     add("--out", type=Path, help="output folder (default: runs/CONFIG)")
     add("--watch", action="store_true", help="record what the rotations do: rotations.csv and rotations.png; takes time")
     add("--resume", action="store_true", help="go on from the checkpoints in the output folder")
@@ -318,6 +328,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         add(f"--{name}", type=positive, help="(default: depends on the size)")
     add("--lr", type=float, help="learning rate of poetx (default: depends on the size)")
     add("--adamw-lr", type=float, help="learning rate of the comparison (default: depends on the size)")
+    add("--skewmuon-lr", type=float, help="learning rate with SkewMuon (default: depends on the size)")
     add("--block-size", type=positive, help="channels that rotate together (default: depends on the size)")
     add("--seed", type=int, default=0, help="of initial weights and batches (default: 0)")
     add("--eval-every", type=positive, help="steps between validations, each with a checkpoint (default: a tenth of all)")
@@ -336,6 +347,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             setattr(args, name, defaults[name])
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     return args
+
+
+def methods(text: str) -> list[str]:
+    names = text.split(",")
+    if not {*names} <= {"skewmuon", "adamw"} or len({*names}) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not skewmuon, adamw or both")
+    return names
 
 
 def positive(text: str) -> int:

@@ -74,26 +74,27 @@ def test_resumed_run_ends_with_the_same_bits(
 def test_comparison_starts_equal_and_leaves_its_files(
     pretrain: ModuleType, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pretrain.main([*arguments, "--out", str(tmp_path), "--compare", "adamw"])
+    pretrain.main([*arguments, "--out", str(tmp_path), "--compare", "skewmuon,adamw"])
 
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["method"] for row in rows] == ["poetx"] * STEPS + ["adamw"] * STEPS
-    assert float(rows[0]["train_loss"]) == pytest.approx(float(rows[STEPS]["train_loss"]), rel=1e-5)
-    assert [row["step"] for row in rows if row["val_loss"]] == ["2", "4", "6"] * 2
+    assert [row["method"] for row in rows] == ["poetx"] * STEPS + ["skewmuon"] * STEPS + ["adamw"] * STEPS
+    for start in (STEPS, 2 * STEPS):
+        assert float(rows[0]["train_loss"]) == pytest.approx(float(rows[start]["train_loss"]), rel=1e-5)
+    assert [row["step"] for row in rows if row["val_loss"]] == ["2", "4", "6"] * 3
     assert float(rows[STEPS - 1]["val_loss"]) < float(rows[1]["val_loss"])
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["arguments"]["steps"] == STEPS
-    assert run["results"].keys() == {"poetx", "adamw"}
-    for method in ("poetx", "adamw"):
+    assert run["results"].keys() == {"poetx", "skewmuon", "adamw"}
+    for method in ("poetx", "skewmuon", "adamw"):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / method).state_dict()
         saved = torch.load(tmp_path / f"{method}.pt")["model"]
         assert all(torch.equal(loaded[name], saved[name]) for name in saved)
     assert "rotation: gram" in capsys.readouterr().out
 
-    pretrain.main([*arguments, "--out", str(tmp_path), "--compare", "adamw", "--resume"])
-    assert capsys.readouterr().out.count("finished before") == 2
+    pretrain.main([*arguments, "--out", str(tmp_path), "--compare", "skewmuon,adamw", "--resume"])
+    assert capsys.readouterr().out.count("finished before") == 3
 
 
 def test_watching_leaves_a_table_and_a_picture_that_a_resumed_run_goes_on_with(
