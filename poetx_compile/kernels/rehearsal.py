@@ -190,10 +190,14 @@ def _rehearse(part: Callable[[Kind], None], kinds: Iterable[Kind]) -> None:
 
 @contextmanager
 def _aside(device: torch.device) -> Iterator[None]:
-    """On a stream that nothing else waits for."""
+    """On a stream that nothing else waits for.
+
+    A thread begins on the first device. Were it to go back there, it would take memory for a context on it, in every rank.
+    """
     if device.type != "cuda":
         yield
         return
+    torch.cuda.set_device(device)  # of this thread alone
     stream = _stream(device)
     with torch.cuda.stream(stream):
         yield
