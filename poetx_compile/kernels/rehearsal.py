@@ -162,8 +162,12 @@ def start(kinds: Iterable[Kind]) -> None:
         thread = threading.Thread(
             target=_rehearse, args=(part, fresh), name=f"poetx rehearsal: {part.__name__}", daemon=True
         )
-        _running.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # the process may have no more of them
+            log.debug("no thread to rehearse %s", part.__name__, exc_info=True)
+        else:
+            _running.add(thread)
 
 
 def join() -> None:

@@ -268,6 +268,16 @@ class TestThreads:
         assert "no such kernel" in caplog.text
         assert {record.levelname for record in caplog.records if "rehearsal" in record.name} == {"DEBUG"}
 
+    def test_a_process_without_more_threads_trains(self, on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        def start(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(rehearsal.threading.Thread, "start", start)
+        model = network(torch.float32)
+        torch.compile(model, backend="poetx", options=OPTIONS)(torch.randn(4, 22)).sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        assert not rehearsal._running
+
     def test_modes_of_the_calling_thread_stay_there(self, on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[Tensor] = []
         monkeypatch.setattr(rehearsal, "PARTS", (lambda kind: seen.append(kind.zeros(2) + 1),))
