@@ -162,8 +162,12 @@ def start(kinds: Iterable[Kind]) -> None:
         thread = threading.Thread(
             target=_rehearse, args=(part, fresh), name=f"poetx rehearsal: {part.__name__}", daemon=True
         )
-        _running.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # the process may have no more of them
+            log.debug("no thread to rehearse %s", part.__name__, exc_info=True)
+        else:
+            _running.add(thread)
 
 
 def join() -> None:
@@ -190,10 +194,14 @@ def _rehearse(part: Callable[[Kind], None], kinds: Iterable[Kind]) -> None:
 
 @contextmanager
 def _aside(device: torch.device) -> Iterator[None]:
-    """On a stream that nothing else waits for."""
+    """On a stream that nothing else waits for.
+
+    A thread begins on the first device. Were it to go back there, it would take memory for a context on it, in every rank.
+    """
     if device.type != "cuda":
         yield
         return
+    torch.cuda.set_device(device)  # of this thread alone
     stream = _stream(device)
     with torch.cuda.stream(stream):
         yield

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -267,6 +268,16 @@ class TestThreads:
         assert "no such kernel" in caplog.text
         assert {record.levelname for record in caplog.records if "rehearsal" in record.name} == {"DEBUG"}
 
+    def test_a_process_without_more_threads_trains(self, on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        def start(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(rehearsal.threading.Thread, "start", start)
+        model = network(torch.float32)
+        torch.compile(model, backend="poetx", options=OPTIONS)(torch.randn(4, 22)).sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        assert not rehearsal._running
+
     def test_modes_of_the_calling_thread_stay_there(self, on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[Tensor] = []
         monkeypatch.setattr(rehearsal, "PARTS", (lambda kind: seen.append(kind.zeros(2) + 1),))
@@ -274,6 +285,33 @@ class TestThreads:
             rehearsal.start([KINDS["folded"]])
             rehearsal.join()
         assert seen[0].tolist() == [1, 1]
+
+    def test_a_thread_stays_off_the_first_device(self, on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Which each thread begins on: to be set there takes memory for a context, of every rank."""
+        here, seen = threading.local(), []
+
+        def current() -> int:
+            return getattr(here, "device", 0)
+
+        def move(device: torch.device) -> None:
+            here.device = device.index
+            seen.append(device.index)
+
+        def stream_of(device: torch.device | None) -> Any:
+            device = torch.device("cuda", current()) if device is None else device
+            return SimpleNamespace(device=device, synchronize=lambda: None)
+
+        monkeypatch.setattr(torch.cuda, "_get_device_index", lambda *given: current())
+        monkeypatch.setattr(torch.cuda, "current_stream", stream_of)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(torch.cuda, "set_device", move)
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: move(stream.device))
+        monkeypatch.setattr(rehearsal, "_stream", stream_of)
+        monkeypatch.setattr(rehearsal, "_has_kernels", lambda kind: True)
+        monkeypatch.setattr(rehearsal, "PARTS", (lambda kind: None,))
+        rehearsal.start([KINDS["folded"]._replace(device=torch.device("cuda", 3))])
+        rehearsal.join()
+        assert set(seen) == {3}
 
     def test_cpu_weights_and_estimates_start_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         started: list[Any] = []
