@@ -124,9 +124,10 @@ def picture(rows: Sequence[Row]) -> Figure:
         left = [start + width for start, width in zip(left, widths)]
     for card in CARDS:
         axes.axvline(card, color="black", linestyle=":", linewidth=1)
-    axes.set_xticks([*axes.get_xticks(), *CARDS])
+    axes.set_xticks([0, *CARDS, *range(2 * CARDS[-1], int(max(left)), CARDS[-1])])
     axes.set_xlim(0, max([*left, *CARDS]) * 1.02)
-    axes.set_xlabel(f"planned peak of a step of {rows[0].batch} × {rows[0].seq} tokens, GB; dotted: {CARDS} GB")
+    axes.margins(y=0.01)
+    axes.set_xlabel(f"planned peak of a step of {rows[0].batch} × {rows[0].seq} tokens, GB")
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", ncols=2, frameon=False, fontsize=9)
