@@ -10,6 +10,7 @@ from spectrum_rows import read_csv
 
 _COLORS = {"float32": "#555555", "bfloat16": "#3b93b3", "float16": "#8a63b0"}
 _LINES = {None: "-", 8: "-", 4: "--", 0: ":"}
+_LEAN = {"int8": "-.", "bf16-lean": (0, (1, 4))}
 _PANELS = {
     "norm_drift": "norm, |change|",
     "spectrum_drift": "largest change of a singular value",
@@ -25,7 +26,7 @@ def draw(path: Path) -> Path:
         for label in dict.fromkeys(row.label for row in rows):
             line = [row for row in rows if row.label == label and row.step]
             values = [abs(getattr(row, name)) for row in line]
-            style = {"color": _COLORS[line[0].dtype], "linestyle": _LINES[line[0].bits]}
+            style = {"color": _COLORS[line[0].dtype], "linestyle": _LEAN.get(line[0].storage, _LINES[line[0].bits])}
             axes.loglog([row.step for row in line], values, label=label, **style)
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel("steps")

@@ -16,6 +16,7 @@ class Row:
     Attributes:
         dtype: of the weight.
         bits: of the residual; None where the weight needs none.
+        storage: ``folded``, or that of a lean weight.
         norm_drift: of the Frobenius norm, since the start.
         spectrum_drift: the largest change of a singular value, over the largest singular value.
         spectrum_drift_rms: the norm of all changes of singular values, over the norm of the weight.
@@ -31,9 +32,12 @@ class Row:
     spectrum_drift_rms: float
     smallest: float
     distance: float
+    storage: str = "folded"
 
     @property
     def label(self) -> str:
+        if self.storage != "folded":
+            return f"{self.dtype}, {self.storage}"
         return self.dtype if self.bits is None else f"{self.dtype}, {self.bits} bits"
 
 
@@ -59,7 +63,8 @@ def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
             dtype=line["dtype"],
             bits=int(line["bits"]) if line["bits"] else None,
             step=int(line["step"]),
-            **{name: float(line[name]) for name in _COLUMNS[3:]},
+            **{name: float(line[name]) for name in _COLUMNS[3:-1]},
+            storage=line.get("storage", "folded"),
         )
         for line in lines
     ]

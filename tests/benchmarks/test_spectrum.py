@@ -38,6 +38,36 @@ def test_fewer_bits_drift_more(spectrum: ModuleType, tmp_path: Path) -> None:
     assert last["float32"].distance < 2e-6
 
 
+def test_a_lean_weight_is_rounded_once_for_each_base(spectrum: ModuleType, tmp_path: Path) -> None:
+    command = [
+        "--device",
+        "cpu",
+        "--shape",
+        "48x32",
+        "--block",
+        "32",
+        "--steps",
+        "30",
+        "--dtypes",
+        "bfloat16",
+        "--bits",
+        "8",
+    ]
+    distances = {}
+    for period in ("0", "5"):
+        out = tmp_path / f"{period}.csv"
+        spectrum.main([*command, "--storages", "int8,bf16-lean", "--period", period, "--out", str(out)])
+        rows, machine = spectrum.plot_spectrum.read_csv(out)
+        assert machine["period"] == period
+        distances[period] = {(row.label, row.step): row.distance for row in rows}
+    still, redrawn = distances["0"], distances["5"]
+    assert still["bfloat16, bf16-lean", 30] < 1e-5, "its base holds the very weight"
+    for storage in ("int8", "bf16-lean"):
+        label = f"bfloat16, {storage}"
+        assert still[label, 30] == pytest.approx(still[label, 1], rel=1e-2, abs=1e-5), "the noise of a base does not add up"
+        assert redrawn[label, 30] > 1.5 * still[label, 30]
+
+
 def test_every_weight_turns_by_the_angle_that_was_asked(spectrum: ModuleType) -> None:
     weight = nn.Parameter(randn(64, 64))
     factor = spectrum.OrthogonalFactor(weight, "w", spectrum.PoetxConfig(block_size=32))
@@ -52,3 +82,6 @@ def test_an_unknown_dtype_is_refused(spectrum: ModuleType, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         spectrum.parse(["--dtypes", "bf16"])
     assert "--dtypes takes float32, bfloat16, float16, not bf16" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        spectrum.parse(["--storages", "folded"])
+    assert "--storages takes int8, bf16-lean, not folded" in capsys.readouterr().err
