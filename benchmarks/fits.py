@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -24,6 +24,8 @@ from rows import append_csv, facts, read_csv
 from train_methods import Spec
 from train_plan import PLANNED, planned
 from train_run import Case
+
+from poetx_compile.estimate import Peak
 
 OUT = Path(__file__).parent / "results" / "fits.csv"
 METHODS = (
@@ -50,37 +52,25 @@ PARTS = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """An estimate: bytes at the peak, by what they are for, as ``poetx_compile.estimate.Estimate`` has them."""
+class Row(Peak):
+    """An estimate of a case: bytes at the peak, by what they are for."""
 
     size: str
     method: str
     batch: int
     seq: int
-    weights: int
-    residuals: int
-    q: int
-    states: int
-    gradients: int
-    activations: int
-    logits: int
-    scratch: int
 
     @property
     def key(self) -> tuple[str, str, int, int]:
         return self.size, self.method, self.batch, self.seq
-
-    @property
-    def total(self) -> int:
-        return sum(getattr(self, part) for part in PARTS)
 
 
 def estimated(case: Case) -> Row:
     found = planned(case)
     if found is None:
         raise ValueError(f"{case.method} is not known to the estimator")
-    parts = {name: value for name, value in asdict(found).items() if name in PARTS}
-    return Row(case.size, case.method, case.batch, case.seq, **parts)
+    peak = {part.name: getattr(found, part.name) for part in fields(Peak)}
+    return Row(**peak, size=case.size, method=case.method, batch=case.batch, seq=case.seq)
 
 
 def measured_peaks(path: Path) -> dict[tuple[str, str, int, int], int]:

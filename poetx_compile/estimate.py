@@ -29,7 +29,7 @@ _CAYLEY_COPIES = 6
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Peak:
     """Bytes of a training step at its peak, by what they are for.
 
     Attributes:
@@ -39,9 +39,6 @@ class Estimate:
         states: of the optimizer.
         gradients, activations, logits, scratch: of what is alive at the peak: gradients made so far; what the forward pass saved
             and the backward pass did not use yet; such of it, and of the scratch, as is as wide as the vocabulary; the rest.
-        at: when the peak is: ``forward``, ``backward`` or ``step``.
-        saved: activations and logits at the end of the forward pass.
-        converted: the share of all numbers of parameters that sit in rotated weights.
     """
 
     weights: int
@@ -52,14 +49,26 @@ class Estimate:
     activations: int
     logits: int
     scratch: int
-    at: str
-    saved: int
-    converted: float
 
     @property
     def total(self) -> int:
         fixed = self.weights + self.residuals + self.q + self.states
         return fixed + self.gradients + self.activations + self.logits + self.scratch
+
+
+@dataclass(frozen=True)
+class Estimate(Peak):
+    """A training step at its peak, and what is known beside.
+
+    Attributes:
+        at: when the peak is: ``forward``, ``backward`` or ``step``.
+        saved: activations and logits at the end of the forward pass.
+        converted: the share of all numbers of parameters that sit in rotated weights.
+    """
+
+    at: str
+    saved: int
+    converted: float
 
 
 @dataclass
