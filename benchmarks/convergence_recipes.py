@@ -38,13 +38,16 @@ COMMON: Mapping[str, Any] = {
     "dtype": "bf16",
     "std": 0.0,
     "gain": 1.0,
+    "spectrum": "random",
+    "gains": "none",
     "warmup": 100,
     "floor": 0.1,
     "clip": 1.0,
 }
 """Settings that every method takes. ``std`` is that of the initial weights, 0 for ``hidden ** -0.5``, and
-``gain`` multiplies those of the layers' matrices; ``floor`` is the last
-learning rate over the highest."""
+``gain`` multiplies those of the layers' matrices. With ``spectrum="flat"`` these are semi-orthogonal, of the same norm. ``gains``
+are trained factors of the outputs of each layer's linears: one for each output (``rows``), one for all (``layer``) or ``none``.
+``floor`` is the last learning rate over the highest."""
 
 ADAMW: Mapping[str, Any] = {"beta2": 0.999, "weight_decay": 0.01}
 """Settings of methods of which AdamW is a part, for whatever it trains."""
@@ -103,8 +106,9 @@ class Recipe:
             split_options(recipe.others, mode=None)
         except PoetxError as error:
             raise ValueError(f"{text!r}: {error}") from error
-        if recipe["dtype"] not in DTYPES:
-            raise ValueError(f"{text!r}: dtype is one of {', '.join(DTYPES)}, not {recipe['dtype']!r}")
+        for option, values in (("dtype", DTYPES), ("spectrum", ("random", "flat")), ("gains", ("none", "rows", "layer"))):
+            if recipe[option] not in values:
+                raise ValueError(f"{text!r}: {option} is one of {', '.join(values)}, not {recipe[option]!r}")
         if not recipe["lr"] > 0:
             raise ValueError(f"{text!r}: lr must be positive, not {recipe['lr']!r}")
         return recipe
@@ -137,10 +141,11 @@ class Recipe:
         dtype, _ = DTYPES[self["dtype"]]
         start = build(place.size, place.length, place.device, torch.float32, place.seed, self["std"] or None)
         model = build(place.size, place.length, place.device, dtype)
+        for matrix in hidden_and_other(start)[0]:
+            reshape(matrix, self["gain"], self["spectrum"])
         model.load_state_dict(start.state_dict())
-        with torch.no_grad():
-            for matrix in hidden_and_other(model)[0]:
-                matrix *= self["gain"]
+        if self["gains"] != "none":
+            train_gains(model, self["gains"])
         return METHODS[self.method].make(self, model, place)
 
 
@@ -183,6 +188,29 @@ class Method:
     lr: float
     defaults: Mapping[str, Any]
     takes_any: bool = False
+
+
+@torch.no_grad()
+def reshape(matrix: nn.Parameter, gain: float, spectrum: str) -> None:
+    """Multiply a matrix by ``gain``; with a ``flat`` spectrum, make its singular values equal and keep its norm."""
+    if spectrum == "flat":
+        norm = torch.linalg.vector_norm(matrix)
+        nn.init.orthogonal_(matrix)
+        matrix *= norm / torch.linalg.vector_norm(matrix)
+    matrix *= gain
+
+
+def train_gains(model: nn.Module, kind: str) -> None:
+    """Multiply the outputs of the linears in the model's layers by trained factors, which begin at 1."""
+
+    def multiplied(linear: nn.Linear, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * linear.gain.to(output.dtype)
+
+    for name, linear in list(model.named_modules()):
+        if ".layers." in name and isinstance(linear, nn.Linear):
+            count = linear.out_features if kind == "rows" else 1
+            linear.gain = nn.Parameter(torch.ones(count, device=linear.weight.device))
+            linear.register_forward_hook(multiplied)
 
 
 def adamw_over(recipe: Recipe, parameters: Iterable[nn.Parameter] | list[dict[str, Any]], place: Place) -> AdamW:

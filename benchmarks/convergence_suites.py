@@ -111,6 +111,16 @@ SUITES = {
             "poetx:lr=2e-3",
         ),
     ),
+    "spectrum": Suite(
+        "What a fixed spectrum costs: equal singular values, and trained factors of each layer's outputs",
+        (
+            *over("poetx-muon:lr=1.6e-2:scale=0.25", "spectrum", "flat", "random"),
+            *over("poetx-muon:lr=1.6e-2:scale=0.25:init=row-normalised", "gains", "rows", "layer", "none"),
+            "poetx-muon:lr=1.6e-2:scale=0.25:spectrum=flat:gains=rows",
+            *over("poetx:lr=1.6e-2:scale=0.125:beta2=0.95", "spectrum", "flat", "random"),
+            *over("muon:dtype=autocast:lr=1.6e-2:ratio=0.5", "spectrum", "flat", "random"),
+        ),
+    ),
     "period": Suite(
         "New permutations, and what the moments keep of the old",
         (

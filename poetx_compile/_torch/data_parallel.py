@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,15 +18,38 @@ def distributed_wrapper(weights: Iterable[Tensor]) -> str | None:
     """The kind of wrapper that already manages the gradients of these weights, if any."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return None
+    from torch.distributed.fsdp import FSDPModule
+
+    wrappers = list(_data_parallel())
+    if FSDPModule.__subclasses__():  # ``fully_shard`` has made one, and is no constructor that could tell of its modules
+        wrappers += _living(FSDPModule)
+    wanted = {id(weight) for weight in weights}
+    for wrapper in wrappers:
+        if any(id(parameter) in wanted for parameter in wrapper.parameters()):
+            return _kind(wrapper)
+    return None
+
+
+def _kind(wrapper: nn.Module) -> str:
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.nn.parallel import DistributedDataParallel
 
-    wanted = {id(weight) for weight in weights}
-    for wrapper in (DistributedDataParallel, FullyShardedDataParallel, FSDPModule):
-        for thing in gc.get_objects():
-            if issubclass(type(thing), wrapper) and any(id(p) in wanted for p in thing.parameters()):
-                return wrapper.__name__
-    return None
+    kinds = (DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
+    return next(kind.__name__ for kind in kinds if isinstance(wrapper, kind))
+
+
+@functools.cache
+def _data_parallel() -> WeakSet[nn.Module]:
+    """Every DistributedDataParallel and FullyShardedDataParallel there is: constructors add those that come."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    return WeakSet(_living(DistributedDataParallel, FullyShardedDataParallel))
+
+
+def _living(*kinds: type) -> list[nn.Module]:
+    """Modules of these kinds among all that Python holds. A scan takes about half a second in a large program."""
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), kinds)]
 
 
 def within_ddp_constructor(context: Callable[[nn.Module, dict[str, Any]], AbstractContextManager[None]]) -> None:
@@ -41,6 +65,7 @@ def within_ddp_constructor(context: Callable[[nn.Module, dict[str, Any]], Abstra
         given = inspect.signature(build).bind(self, module, *args, **kwargs)
         with context(module, dict(given.arguments)):
             build(self, module, *args, **kwargs)
+        _data_parallel().add(self)
 
     DistributedDataParallel.__init__ = inside  # type: ignore[method-assign]
 
@@ -57,6 +82,7 @@ def before_fsdp_constructor(check: Callable[[nn.Module], None]) -> None:
     def checked(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         check(module)
         build(self, module, *args, **kwargs)
+        _data_parallel().add(self)
 
     FullyShardedDataParallel.__init__ = checked  # type: ignore[method-assign]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +36,20 @@ def test_a_data_parallel_model_is_recognised_by_its_weights() -> None:
     assert distributed_wrapper([net.fc.weight]) == "DistributedDataParallel"
     assert distributed_wrapper([other.fc.weight]) is None
     del wrapped
+
+
+@pytest.mark.usefixtures("process_group")
+def test_all_objects_are_looked_at_once_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scan for each weight took minutes with a model whose layers are compiled one by one."""
+    distributed_wrapper(Net().parameters())
+    monkeypatch.setattr(gc, "get_objects", lambda: pytest.fail("all objects were looked at again"))
+    net, other = Net(), Net()
+    wrapped = DistributedDataParallel(net)
+    assert distributed_wrapper([other.fc.weight]) is None
+    assert distributed_wrapper([net.fc.weight]) == "DistributedDataParallel"
+    del wrapped
+    gc.collect()
+    assert distributed_wrapper([net.fc.weight]) is None
 
 
 @pytest.mark.usefixtures("process_group")

@@ -21,6 +21,9 @@ PINNED = {
         "partition_with_inductor",
     ],
     "data_parallel": [
+        "_data_parallel",
+        "_kind",
+        "_living",
         "active_ddp",
         "after_ddp_join",
         "before_fsdp_constructor",

@@ -222,7 +222,15 @@ def test_all_start_from_the_same_weights_whatever_the_dtype(bench: ModuleType) -
 
 
 @pytest.mark.parametrize(
-    "recipe", ["muon:dtype=autocast", "sgd", "poetx:residual_bits=4", "poetx-muon:block_size=32", "adamw:beta2=0.95"]
+    "recipe",
+    [
+        "muon:dtype=autocast",
+        "sgd",
+        "poetx:residual_bits=4",
+        "poetx-muon:block_size=32",
+        "adamw:beta2=0.95",
+        "poetx:gains=rows:spectrum=flat",
+    ],
 )
 def test_every_method_trains(bench: ModuleType, command: list[str], tmp_path: Path, recipe: str) -> None:
     from convergence_rows import read_csv
@@ -258,6 +266,23 @@ def test_a_recipe_that_cannot_be_is_refused(bench: ModuleType, spec: str, reason
 
     with pytest.raises(ValueError, match=reason):
         Recipe.parse(spec)
+
+
+def test_a_flat_spectrum_keeps_the_norm_and_gains_are_trained(bench: ModuleType) -> None:
+    from convergence_recipes import Place, Recipe
+    from llama import Size
+
+    place = Place(Size(64, 128, 2, 2, 512), LENGTH, torch.device("cpu"), compiler="aot_eager")
+    plain = Recipe.parse("poetx:dtype=fp32").make(place).module.model.layers[0].mlp.gate_proj
+    flat = Recipe.parse("poetx:dtype=fp32:spectrum=flat:gain=2:gains=rows").make(place).module.model.layers[0].mlp.gate_proj
+    norm = torch.linalg.vector_norm(plain.weight)
+    torch.testing.assert_close(torch.linalg.svdvals(flat.weight), (2 * norm / 8).expand(64))
+    x = torch.ones(64)
+    before = flat(x)
+    flat.gain.data[0] = 3
+    torch.testing.assert_close(flat(x)[0], 3 * before[0])
+    flat(x).sum().backward()
+    assert flat.gain.grad.count_nonzero()
 
 
 def test_a_recipe_has_one_spelling(bench: ModuleType) -> None:
