@@ -7,6 +7,7 @@ numbers and tensors only, so that ``torch.load(weights_only=True)`` and distribu
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -34,7 +35,6 @@ _KEPT = ("residual", "stored", "scales", "turned_rows", "turned_columns")
 """What :attr:`OrthogonalFactor.kept` may hold."""
 _PLACE = ("poetx_key", "poetx_epoch", "poetx_steps")
 _SHAPE = ("poetx_count", "poetx_rows", "poetx_columns")
-_FACTS = (*(_PREFIX + name for name in _SETTINGS), *_PLACE, *_SHAPE)
 
 
 def is_saved(entry: Entry) -> bool:
@@ -64,9 +64,18 @@ def tag(factor: OrthogonalFactor, entry: Entry, moments: int) -> None:
         return  # an optimizer takes an empty entry for a first step
     entry.update(_facts(factor), poetx_moments=moments, poetx_live=1)
     entry.update({_PREFIX + name: tensor for name, tensor in factor.kept.items()})
-    for name, value in list(entry.items()):
-        if _must_be_bytes(name, value, factor.weight):
-            entry[_CODE + name] = _code(value)
+    weight = factor.weight
+    codes = {_CODE + name: _code(value) for name, value in entry.items() if _must_be_bytes(name, value, weight)}
+    entry.update(codes)
+
+
+def follow(factor: OrthogonalFactor, entry: Entry, moments: int) -> None:
+    """As :func:`tag` at the end of a step, when most entries have their tags and only a factor's place has changed."""
+    if "poetx_live" not in entry:
+        tag(factor, entry, moments)
+        return
+    entry.update(zip(_PLACE, (factor.key, factor.epoch, factor.steps)), poetx_moments=moments)
+    entry.update({_PREFIX + name: tensor for name, tensor in factor.kept.items()})
 
 
 def encode(optimizer: Optimizer, state_dict: Entry) -> Entry:
@@ -111,8 +120,13 @@ def adopt(optimizer: Optimizer) -> bool:
 
 
 def _facts(factor: OrthogonalFactor) -> Entry:
-    settings = [_as_number(name, getattr(factor.config, name)) for name in _SETTINGS]
-    return dict(zip(_FACTS, [*settings, factor.key, factor.epoch, factor.steps, *factor.stack.shape]))
+    place_and_shape = (factor.key, factor.epoch, factor.steps, *factor.stack.shape)
+    return _numbers(factor.config) | dict(zip((*_PLACE, *_SHAPE), place_and_shape))
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(config: PoetxConfig) -> Entry:
+    return {_PREFIX + name: _as_number(name, getattr(config, name)) for name in _SETTINGS}
 
 
 def _kept(entry: Entry) -> dict[str, Tensor]:
@@ -219,6 +233,8 @@ def check_settings(factor: OrthogonalFactor, entry: Entry) -> None:
 
 
 def _other_setting(factor: OrthogonalFactor, entry: Entry) -> str | None:
+    if _numbers(factor.config).items() <= entry.items():
+        return None
     return next((name for name in _SETTINGS if not _is_kept(factor, name, _saved_setting(entry, name))), None)
 
 
@@ -250,7 +266,7 @@ def _readable(shape: tuple[int, ...]) -> str:
 
 
 def _must_be_bytes(name: str, value: Any, weight: Tensor) -> bool:
-    if not torch.is_tensor(value) or name == "step" or name.startswith(_PREFIX):
+    if name.startswith(_PREFIX) or name == "step" or not torch.is_tensor(value):
         return False
     return value.dtype in _DTYPES and value.dtype != weight.dtype
 

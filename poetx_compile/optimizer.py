@@ -182,7 +182,7 @@ def _count() -> None:
             factor.count_step()
     for optimizer, moved in _steps.finished:
         for factor in moved:
-            checkpoint.tag(factor, optimizer.state.get(factor.weight, {}), epochs[factor])
+            checkpoint.follow(factor, optimizer.state.get(factor.weight, {}), epochs[factor])
     _steps.finished.clear()
 
 
