@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from .layout import BlockLayout, StackLayout, permutation_key, rounding_seed
 log = logging.getLogger(__name__)
 
 ROWS, COLUMNS = 0, 1
+
+Matrices: TypeAlias = tuple[Tensor, Tensor | None]
+"""Weights ``[count, m, n]``, and their residuals."""
 
 
 class OrthogonalFactor:
@@ -173,45 +177,58 @@ class OrthogonalFactor:
         """Forget a rotation that was never folded: the weight stays as it was before the step."""
         with torch.no_grad():
             self.q.zero_()
-        self._clean = self.q._version
+        self.forget()
 
     def skews(self) -> Iterator[tuple[Tensor, BlockLayout]]:
         """The packed skew parameters, and the blocks, of each side that is rotated: rows, then columns, matrix by matrix."""
         sides = self.stack.sides * self.stack.count
         yield from zip(self.q.split([side.skew for side in sides]), sides)
 
-    def fold(self, rotations: Sequence[Tensor]) -> None:
-        """``W ← (I + E_rows) W (I + E_columns)``, and ``q ← 0``.
+    def matrices(self) -> Matrices:
+        """A weight that is stored as itself, and its residual: views, or copies where memory has another order."""
+        self.check_residual()
+        residual = self.residual
+        packed = None if residual is None else residual.reshape(*self.stack.shape[:2], -1)
+        return self.weight.data.reshape(self.stack.shape), packed
+
+    def turns(self, matrices: Matrices, rotations: Sequence[Tensor]) -> Iterator[kernels.Turn]:
+        """``W ← (I + E_rows) W (I + E_columns)`` of each matrix.
 
         Args:
             rotations: ``E`` of each side in :meth:`skews`, ``[r, b, b]``.
         """
         given = iter(rotations)
-        if self.base is not None:
-            rows, columns = (next(given) if side.count else None for side in (self.rows, self.columns))
-            self.base.turn(rows, columns, self.steps)
-            self.origin = None
-            torch.autograd.graph.increment_version(self.weight)
-            self.clear()
-            return
-        self.check_residual()
-        weight, residual = self.weight, self.residual
-        matrices = weight.data.reshape(self.stack.shape)
-        residuals = None if residual is None else residual.reshape(*self.stack.shape[:2], -1)
-        is_lossy = residual is None and weight.dtype in kernels.HALF
-        for place, matrix in enumerate(matrices):
-            remainder = None if residuals is None else residuals[place]
+        weights, residuals = matrices
+        is_lossy = residuals is None and weights.dtype in kernels.HALF
+        for place, weight in enumerate(weights):
+            residual = None if residuals is None else residuals[place]
             rows = next(given) if self.rows.count else None
             columns = next(given) if self.columns.count else None
             sides = (rows, self.row_channels, columns, self.column_channels)
             seed = rounding_seed(self.key, self.steps, place) if is_lossy else None
-            kernels.rotate_(matrix, remainder, *sides, self.columns.run, self.precision, seed)
-        _write_back(weight.data, matrices)
-        if residual is not None and residuals is not None:
-            _write_back(residual, residuals)
-        torch.autograd.graph.increment_version(weight)
-        self._seen = weight._version
-        self.clear()
+            yield kernels.Turn(weight, residual, *sides, self.columns.run, self.precision, seed)
+
+    def write(self, matrices: Matrices) -> None:
+        """Take :meth:`matrices` over, which were turned in place, and tell autograd."""
+        weights, residuals = matrices
+        _write_back(self.weight.data, weights)
+        if self.residual is not None and residuals is not None:
+            _write_back(self.residual, residuals)
+        torch.autograd.graph.increment_version(self.weight)
+        self._seen = self.weight._version
+
+    def turn_base(self, rotations: Sequence[Tensor]) -> None:
+        """Multiply rotations, as :meth:`turns` takes them, into those of a lean weight."""
+        assert self.base is not None
+        given = iter(rotations)
+        rows, columns = (next(given) if side.count else None for side in (self.rows, self.columns))
+        self.base.turn(rows, columns, self.steps)
+        self.origin = None
+        torch.autograd.graph.increment_version(self.weight)
+
+    def forget(self) -> None:
+        """Take ``q`` for zero, which it is, since its rotation was folded."""
+        self._clean = self.q._version
 
     def check_residual(self) -> None:
         """Drop the residual of a weight that was written from outside: it belongs to other values."""

@@ -19,7 +19,7 @@ SKEWS_PER_BATCH = 1 << 22
 Item = TypeVar("Item", bound=tuple[Any, ...])
 
 Turns = list[tuple[OrthogonalFactor, list[Tensor]]]
-"""Factors, each with what its :meth:`OrthogonalFactor.fold` takes."""
+"""Factors, each with the rotations that its :meth:`OrthogonalFactor.turns` takes."""
 
 
 @torch.no_grad()
@@ -40,8 +40,22 @@ def retract_all(work: Iterable[tuple[OrthogonalFactor, float]], look: Callable[[
         made += _rotations(batch)
     if look is not None:
         look(made)
-    for factor, rotations in sorted(made, key=lambda pair: math.prod(pair[0].stack.shape), reverse=True):
-        factor.fold(rotations)
+    _fold(sorted(made, key=lambda pair: math.prod(pair[0].stack.shape), reverse=True))
+
+
+def _fold(made: Turns) -> None:
+    """Write rotations into their weights; ``q ← 0``."""
+    folded = [(factor, factor.matrices(), rotations) for factor, rotations in made if factor.base is None]
+    kernels.rotate_all_(turn for factor, matrices, rotations in folded for turn in factor.turns(matrices, rotations))
+    for factor, matrices, _ in folded:
+        factor.write(matrices)
+    for factor, rotations in made:
+        if factor.base is not None:
+            factor.turn_base(rotations)
+    if made:
+        torch._foreach_zero_([factor.q for factor, _ in made])
+    for factor, _ in made:
+        factor.forget()
 
 
 def in_batches(work: Iterable[Item]) -> Iterator[list[Item]]:

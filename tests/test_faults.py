@@ -46,7 +46,7 @@ class Failing:
 class TestOutOfMemoryInRetraction:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("trained", [0, 2])
-    @pytest.mark.parametrize("kernel, at", [("cayley_neumann", 1), ("cayley_neumann", 2), ("rotate_", 1)])
+    @pytest.mark.parametrize("kernel, at", [("cayley_neumann", 1), ("cayley_neumann", 2), ("rotate_all_", 1)])
     def test_moves_no_rotated_weight(
         self, kernel: str, at: int, trained: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -12,6 +12,7 @@ from .dense import project
 from .effective import Made, effective, lean_weight
 from .group import compose_, orthogonalize_
 from .linear import LINEAR_VERSION, lean_linear, rotated_linear
+from .many import Turn, rotate_all_
 from .naive import pack_skew, unpack_skew
 from .precision import unscaled
 from .quantize import GROUP, quantize_
@@ -27,6 +28,7 @@ __all__ = [
     "HALF",
     "LINEAR_VERSION",
     "Made",
+    "Turn",
     "block_gram",
     "cayley_neumann",
     "compose_",
@@ -41,6 +43,7 @@ __all__ = [
     "project",
     "quantize_",
     "rotate_",
+    "rotate_all_",
     "rotated_linear",
     "round_stochastically_",
     "unpack_skew",

@@ -1,11 +1,14 @@
 """``rotate_`` on Hopper GPUs: both sides in one pass, so that each weight is read from memory once and written once.
 
-A program owns the tile of one block of rows by one block of columns, and no other program touches it. It holds the tile
-as float16 in shared memory, turns its columns strip by strip, then the rows of each strip, and adds what has changed
-to the weights in their full 24 bits.
+Weights of one shape share a launch: a table says how far their operands lie from those of the first. A program owns the tile of
+one block of rows by one block of columns, and no other program touches it. It holds the tile as float16 in shared memory, turns
+its columns strip by strip, then the rows of each strip, and adds what has changed to the weights in their full 24 bits.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,6 +25,10 @@ _STRIP = gl.constexpr(128)
 _PART = gl.constexpr(64)
 _STEP = gl.constexpr(32)
 WIDTHS = (128, 256)
+
+Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Weight, residual, rotations of rows, channels of these, rotations of columns, channels of these."""
+
 _LARGEST = gl.constexpr(4000.0)  # a block of 256 can make a number 16 times larger, and float16 ends at 65504
 
 _decode = gluon.jit(triton_rotate.decode.fn)
@@ -94,7 +101,14 @@ def _halves(tensor):
 
 
 @gluon.jit
+def _apart(apart, PLACE: gl.constexpr, MULTIPLE: gl.constexpr):
+    """How many elements an operand lies behind that of the first weight."""
+    return gl.multiple_of(gl.load(apart + PLACE), MULTIPLE)
+
+
+@gluon.jit
 def _rotate_kernel(
+    apart,  # [weights, 6]
     weight,  # [m, n]
     residual,  # [m, n]
     rows,  # [m / M, M, M]
@@ -120,10 +134,13 @@ def _rotate_kernel(
     SHARED_BYTES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     SHARED_FLOATS: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
 
-    rows += gl.program_id(0).to(gl.int64) * (M * M)
-    row_channels += gl.program_id(0) * M
-    columns += gl.program_id(1).to(gl.int64) * (N * N)
-    column_channels += gl.program_id(1) * N
+    apart += gl.program_id(2) * 6
+    weight += _apart(apart, 0, 8)
+    residual += _apart(apart, 1, 16)
+    rows += _apart(apart, 2, 8) + gl.program_id(0).to(gl.int64) * (M * M)
+    row_channels += _apart(apart, 3, 2) + gl.program_id(0) * M
+    columns += _apart(apart, 4, 8) + gl.program_id(1).to(gl.int64) * (N * N)
+    column_channels += _apart(apart, 5, 2) + gl.program_id(1) * N
 
     tile = gl.allocate_shared_memory(gl.float16, [M, N], SHARED)
     rest = gl.allocate_shared_memory(gl.int8, [M, N], SHARED_BYTES)
@@ -212,37 +229,34 @@ def _rotate_kernel(
         _barrier()
 
 
-def serves(weight: Tensor, residual: Tensor | None, rows: Tensor | None, columns: Tensor | None, run: int) -> bool:
-    """Whether these contiguous operands of :func:`rotate_` fit: whole blocks of 128 or 256 along both sides, in float16."""
+def serves(operands: Sequence[Tensor | None], run: int) -> TypeGuard[Operands]:
+    """Whether :func:`rotate_` takes these: a residual, and whole blocks of 128 or 256 along both sides, in float16."""
+    present = [tensor for tensor in operands if tensor is not None]
+    if len(present) < len(operands) or run < 16:
+        return False
+    weight, _, rows, _, columns, _ = present
+    sides = rows, columns
     return (
-        residual is not None
-        and all(tensor.data_ptr() % 16 == 0 for tensor in (weight, residual))
-        and all(side is not None and side.dtype == torch.float16 and side.shape[-1] in WIDTHS for side in (rows, columns))
-        and weight.shape == tuple(side.shape[0] * side.shape[1] for side in (rows, columns) if side is not None)
+        all(side.dtype == torch.float16 and side.shape[-1] in WIDTHS for side in sides)
+        and weight.shape == tuple(side.shape[0] * side.shape[1] for side in sides)
         and weight.numel() < 2**31
-        and run >= 16
+        and all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in present)
     )
 
 
-def rotate_(
-    weight: Tensor,
-    residual: Tensor,
-    rows: Tensor,
-    row_channels: Tensor,
-    columns: Tensor,
-    column_channels: Tensor,
-    run: int,
-) -> None:
-    """As :func:`.naive.rotate_`, for contiguous half-precision weights and rotations that :func:`serves` accepts."""
+def rotate_(operands: Sequence[Operands], run: int) -> None:
+    """As :func:`.naive.rotate_`, for contiguous half-precision weights and rotations that :func:`serves` accepts.
+
+    Args:
+        operands: of weights of one shape, dtype and device, with blocks of one width along each side.
+    """
+    first = operands[0]
+    weight, _, rows, _, columns, _ = first
     (row_blocks, m, _), (column_blocks, n, _) = rows.shape, columns.shape
     warps = m // 16
-    _rotate_kernel[(row_blocks, column_blocks)](
-        weight,
-        residual,
-        rows,
-        row_channels,
-        columns,
-        column_channels,
+    _rotate_kernel[(row_blocks, column_blocks, len(operands))](
+        _apart_from(first, operands),
+        *first,
         weight.shape[1],
         M=m,
         N=n,
@@ -251,4 +265,11 @@ def rotate_(
         WARPS=warps,
         num_warps=warps,
     )
-    torch.autograd.graph.increment_version([weight, residual])
+    torch.autograd.graph.increment_version([tensor for each in operands for tensor in each[:2]])
+
+
+def _apart_from(first: Operands, operands: Sequence[Operands]) -> Tensor:
+    """``[weights, 6]``, int64 on the device of the weights, which is not waited for."""
+    places = [(tensor.data_ptr(), tensor.element_size()) for tensor in first]
+    apart = [(tensor.data_ptr() - place) // size for each in operands for tensor, (place, size) in zip(each, places)]
+    return torch.tensor(apart, pin_memory=True).to(first[0].device, non_blocking=True)

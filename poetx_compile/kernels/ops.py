@@ -6,7 +6,7 @@ import functools
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -94,10 +94,12 @@ def rotate_in_place(
     if fits(weight, *widths) and is_whole and all(tensor.is_contiguous() for tensor in stored):
         from . import triton_rotate
 
-        sides = (rows, row_channels, columns, column_channels, run)
+        sides = (rows, row_channels, columns, column_channels)
         with torch.cuda.device(weight.device):
-            if not _rotate_in_one_pass(weight, residual, *sides):
-                triton_rotate.rotate_(weight, residual, *sides, precision)
+            if not (
+                is_for_one_pass(weight, residual, *sides, run=run) and rotate_in_one_pass([(weight, residual, *sides)], run)
+            ):
+                triton_rotate.rotate_(weight, residual, *sides, run, precision)
     else:
         operands: tuple[Any, ...] = weight, residual, rows, row_channels, columns, column_channels
         try:
@@ -135,20 +137,18 @@ def fits(tensor: Tensor, *widths: int) -> bool:
     return tensor.is_cuda and _HAS_TRITON and tensor.dtype != torch.float64 and max(widths, default=0) <= WIDEST
 
 
-def _rotate_in_one_pass(
-    weight: Tensor,
-    residual: Tensor | None,
-    rows: Tensor | None,
-    row_channels: Tensor,
-    columns: Tensor | None,
-    column_channels: Tensor,
-    run: int,
-) -> bool:
-    """Rotate both sides at once where that is possible, and say whether it was."""
-    kernel = one_pass("gluon_rotate", weight.device)
-    if kernel is None or not kernel.serves(weight, residual, rows, columns, run):
-        return False
-    return succeeds(kernel.rotate_, weight.device, weight, residual, rows, row_channels, columns, column_channels, run)
+def is_for_one_pass(*operands: Tensor | None, run: int) -> bool:
+    """Whether a kernel rotates both sides of a weight at once; ``operands`` as ``rotate_`` takes them, up to the channels."""
+    weight = operands[0]
+    assert weight is not None
+    kernel = one_pass("gluon_rotate", weight.device) if fits(weight) else None
+    return kernel is not None and kernel.serves(operands, run)
+
+
+def rotate_in_one_pass(operands: Sequence[Any], run: int) -> bool:
+    """Rotate weights of one shape, each :func:`is_for_one_pass`, in one launch; False where the kernel does not compile."""
+    device = operands[0][0].device
+    return succeeds(one_pass("gluon_rotate", device).rotate_, device, operands, run)
 
 
 def succeeds(launch: Callable[..., None], device: torch.device, *operands: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .naive import LARGEST_SQUARE
 from .precision import UNIT
 from .triton_series import NEAR, bound_of_square, turn_near
-from .tuning import processors
+from .tuning import padded, processors
 
 _TOLERANCE = 1e-7
 _BUFFERS = 4
@@ -182,8 +182,8 @@ def cayley_neumann(skew: Tensor, width: int, scale: float, precision: str = "tf3
         rotation, norms = turn_near(skew, width, scale)
     else:
         rotation, norms = torch.empty(blocks, width, width, dtype=torch.float32, device=skew.device), None
-    tile = min(128, max(16, triton.next_power_of_2(width)))
-    side = triton.cdiv(width, tile) * tile
+    tile = min(128, padded(width))
+    side = -(-width // tile) * tile
     programs = min(blocks, processors(skew.device))
     scratch = torch.empty(programs, _BUFFERS, side, side, dtype=torch.float32, device=skew.device)
     _far_kernel[(programs,)](

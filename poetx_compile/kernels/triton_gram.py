@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -162,20 +164,17 @@ def _gram_sides(
     operands = [_with_unit_stride(tensor) for side in sides for tensor in (side.left, side.right)]
     tokens, width = first.left.shape[0], first.width
     blocks = sum(side.blocks for side in sides)
-    tiles = tiles or tuning.gram_tiles(width, packed.device)
-    programs = blocks * triton.cdiv(width, tiles.i) * triton.cdiv(width, tiles.j)
-    splits = tuning.gram_splits(programs, tokens, packed.device)
-    tokens_per_split = triton.cdiv(triton.cdiv(max(tokens, 1), splits), tiles.t) * tiles.t
-    splits = triton.cdiv(max(tokens, 1), tokens_per_split)
-    partial = torch.empty(splits, blocks, width, width, dtype=torch.float32, device=packed.device)
-    _gram_kernel[(programs, splits)](
+    plan = _plan(tokens, width, blocks, packed.device, tiles)
+    tiles = plan.tiles
+    partial = torch.empty(plan.splits, blocks, width, width, dtype=torch.float32, device=packed.device)
+    _gram_kernel[(plan.programs, plan.splits)](
         *operands[:2],
         first.channels,
         *operands[-2:],
         last.channels,
         partial,
         tokens,
-        tokens_per_split,
+        plan.tokens_per_split,
         first.blocks,
         *(operand.stride(0) for operand in (*operands[:2], *operands[-2:])),
         WIDTH=width,
@@ -186,24 +185,51 @@ def _gram_sides(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    tile = min(64, triton.next_power_of_2(width))
-    per_side = triton.cdiv(width, tile)
     biased = sides[bias_side]
-    _pack_kernel[(blocks, per_side, per_side)](
+    _pack_kernel[(blocks, plan.packs, plan.packs)](
         partial,
         bias_grad,
         bias,
         biased.channels,
         packed,
-        splits,
+        plan.splits,
         first.blocks if bias_side else 0,
         biased.blocks,
         scale,
         HAS_BIAS=bias is not None,
         WIDTH=width,
-        TILE=tile,
+        TILE=plan.pack,
         num_warps=4,
     )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the launches for so many tokens and blocks are cut.
+
+    Attributes:
+        programs: tiles of all blocks.
+        splits, tokens_per_split: parts of the tokens, each summed by programs of its own.
+        pack: side of a tile when sums are packed; there are ``packs`` along each side of a block.
+    """
+
+    tiles: GramTiles
+    programs: int
+    splits: int
+    tokens_per_split: int
+    pack: int
+    packs: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(tokens: int, width: int, blocks: int, device: torch.device, tiles: GramTiles | None) -> _Plan:
+    tiles = tiles or tuning.gram_tiles(width, device)
+    tokens = max(tokens, 1)
+    programs = blocks * triton.cdiv(width, tiles.i) * triton.cdiv(width, tiles.j)
+    wanted = tuning.gram_splits(programs, tokens, device)
+    tokens_per_split = triton.cdiv(triton.cdiv(tokens, wanted), tiles.t) * tiles.t
+    pack = min(64, triton.next_power_of_2(width))
+    return _Plan(tiles, programs, triton.cdiv(tokens, tokens_per_split), tokens_per_split, pack, triton.cdiv(width, pack))
 
 
 def _with_unit_stride(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .precision import UNIT
 from .triton_dot import dot, load_rotation, scale_below, split
-from .tuning import RotateTiles, rotate_tiles
+from .tuning import RotateTiles, padded, rotate_tiles
 
 _UNIT = tl.constexpr(UNIT)
 
@@ -217,14 +217,14 @@ def _rotate_side(
     """One side; ``geometry``: length of the other side, and the strides of this side and of the other."""
     blocks, width, _ = rotation.shape
     tiles = tiles or rotate_tiles(width, transposed, precision, weight.device)
-    _rotate_kernel[(blocks, triton.cdiv(geometry[0], tiles.across))](
+    _rotate_kernel[(blocks, -(-geometry[0] // tiles.across))](
         weight,
         residual,
         rotation,
         channels,
         *geometry,
         WIDTH=width,
-        PADDED=max(16, triton.next_power_of_2(width)),
+        PADDED=padded(width),
         ACROSS=tiles.across,
         ALONG=tiles.along,
         RUN=run,

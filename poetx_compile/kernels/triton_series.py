@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .precision import UNIT
+from .tuning import padded
 
 NEAR = 0.03
 """Largest eigenvalue of ``B`` (a turn of 0.17 radians) that these kernels serve; their series then errs by 1e-6 at most."""
@@ -160,16 +161,14 @@ def turn_near(skew: Tensor, width: int, scale: float) -> tuple[Tensor, Tensor]:
         ``[r, width, width]`` and what :func:`bound_of_square` reads.
     """
     blocks = skew.shape[0] // (width * (width - 1) // 2)
-    side = max(16, triton.next_power_of_2(width))
+    side = padded(width)
     tile = min(128, side)
-    tiles = triton.cdiv(width, tile)
+    tiles = -(-width // tile)
     rotation = torch.empty(blocks, width, width, dtype=torch.float16, device=skew.device)
     omega, square, lead, series = torch.empty(4, blocks, width, width, dtype=torch.float16, device=skew.device)
     norms = torch.empty(blocks, tiles, tiles, tile, dtype=torch.float32, device=skew.device)
     unpacked = min(64, side)
-    _unpack_kernel[(blocks * triton.cdiv(width, unpacked) ** 2,)](
-        skew, omega, scale, WIDTH=width, TILE=unpacked, num_warps=4
-    )
+    _unpack_kernel[(blocks * (-(-width // unpacked)) ** 2,)](skew, omega, scale, WIDTH=width, TILE=unpacked, num_warps=4)
     shared = {"WIDTH": width, "TILE": tile, "TILE_K": min(64, side), "num_warps": 4, "num_stages": 3}
     grid = (blocks * tiles * tiles,)
     _square_kernel[grid](omega, square, lead, **shared)

@@ -107,12 +107,12 @@ _ANY = TABLES["other"]
 
 def gram_tiles(width: int, device: torch.device) -> GramTiles:
     """Tiles for Gram matrices of ``width`` channels."""
-    return _find(f"gram/{_padded(width)}", device)
+    return _find(f"gram/{padded(width)}", device)
 
 
 def rotate_tiles(width: int, transposed: bool, precision: str, device: torch.device) -> RotateTiles:
     """Tiles for the rotation of rows, or where ``transposed`` of columns, by blocks of ``width`` channels."""
-    return _find(f"{'columns' if transposed else 'rows'}/{precision}/{_padded(width)}", device)
+    return _find(f"{'columns' if transposed else 'rows'}/{precision}/{padded(width)}", device)
 
 
 def gram_splits(programs: int, tokens: int, device: torch.device) -> int:
@@ -176,5 +176,6 @@ def keep(device: torch.device, chosen: dict[str, Tiles]) -> None:
     temporary.replace(place())
 
 
-def _padded(width: int) -> int:
+def padded(width: int) -> int:
+    """The power of two, 16 at least, that holds a block."""
     return max(16, 1 << (width - 1).bit_length())
