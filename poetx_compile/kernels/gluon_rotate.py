@@ -230,14 +230,15 @@ def _rotate_kernel(
 
 
 def serves(operands: Sequence[Tensor | None], run: int) -> TypeGuard[Operands]:
-    """Whether :func:`rotate_` takes these: a residual, and whole blocks of 128 or 256 along both sides, in float16."""
+    """Whether :func:`rotate_` takes these: a residual of 8 bits, and whole blocks of 128 or 256 along both sides, in float16."""
     present = [tensor for tensor in operands if tensor is not None]
     if len(present) < len(operands) or run < 16:
         return False
-    weight, _, rows, _, columns, _ = present
+    weight, residual, rows, _, columns, _ = present
     sides = rows, columns
     return (
-        all(side.dtype == torch.float16 and side.shape[-1] in WIDTHS for side in sides)
+        residual.dtype == torch.int8
+        and all(side.dtype == torch.float16 and side.shape[-1] in WIDTHS for side in sides)
         and weight.shape == tuple(side.shape[0] * side.shape[1] for side in sides)
         and weight.numel() < 2**31
         and all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in present)

@@ -136,6 +136,35 @@ def test_both_sides_in_one_pass_compile_for_hopper(m: int, n: int, dtype: str) -
         compiled("sm90", kernel, constants | {"IS_CODED": stored == "i8"}, m // 16, 1, GluonASTSource, **types)
 
 
+@pytest.mark.parametrize(
+    ("place", "other"),
+    [
+        (1, None),
+        (1, torch.zeros(256, 128, dtype=torch.uint8)),  # of 4 bits
+        (2, None),
+        (2, torch.zeros(1, 256, 256)),
+        (4, torch.zeros(4, 64, 64, dtype=torch.float16)),
+        (4, torch.zeros(1, 128, 128, dtype=torch.float16)),  # some columns stay
+        (0, torch.zeros(256, 512, dtype=torch.bfloat16)[:, ::2]),
+        (0, torch.zeros(2 * 256 * 256, dtype=torch.bfloat16)[1 : 1 + 256 * 256].view(256, 256)),
+    ],
+    ids=str,
+)
+def test_one_pass_is_for_weights_that_its_kernel_can_read(place: int, other: torch.Tensor | None) -> None:
+    operands: list[torch.Tensor | None] = [
+        torch.zeros(256, 256, dtype=torch.bfloat16),
+        torch.zeros(256, 256, dtype=torch.int8),
+        torch.zeros(1, 256, 256, dtype=torch.float16),
+        torch.arange(256),
+        torch.zeros(2, 128, 128, dtype=torch.float16),
+        torch.arange(256),
+    ]
+    assert gluon_rotate.serves(operands, 16)
+    assert not gluon_rotate.serves(operands, 8)
+    operands[place] = other
+    assert not gluon_rotate.serves(operands, 16)
+
+
 COUNTS = {
     triton_gram._gram_kernel: ("tokens", "tokens_per_split", "blocks_0"),
     triton_gram._pack_kernel: ("splits", "first_biased", "biased"),
