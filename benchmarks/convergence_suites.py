@@ -47,6 +47,7 @@ SUITES = {
             *over("poetx-muon:lr=8e-3:scale=0.5", "init", "row-normalised", "keep"),
             "poetx-muon:lr=4e-3:init=row-normalised",
             *over("poetx-muon:lr=1.6e-2:scale=0.25", "init", "row-normalised", "keep"),
+            "poetx-muon:lr=3.2e-2:scale=0.125:init=row-normalised",
             *over("poetx-muon:lr=8e-3:scale=0.5", "gain", 2, 0.5),
             "poetx-muon:lr=1.6e-2:scale=0.25:init=row-normalised:floor=0",
             "poetx-muon:lr=2e-3:nesterov=False",

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import plot_ddp
-from ddp_rows import Row, read_csv, with_efficiency, write_csv
+from ddp_rows import Row, fewer_bytes, read_csv, with_efficiency, write_csv
 from rich.console import Console
 from rich.table import Table
 
@@ -102,18 +102,6 @@ def show(rows: Sequence[Row], console: Console) -> None:
             f"{row.compile_seconds:.0f}",
         )
     console.print(table)
-
-
-def fewer_bytes(row: Row, rows: Sequence[Row]) -> float | None:
-    """Bytes on the wire of AdamW through DDP on the same model and ranks, over those of ``row``."""
-    for other in rows:
-        if (
-            (other.method, other.model, other.ranks) == ("adamw", row.model, row.ranks)
-            and other.wire_bytes
-            and row.wire_bytes
-        ):
-            return other.wire_bytes / row.wire_bytes
-    return None
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -95,6 +95,18 @@ def _with_efficiency(row: Row, rows: Sequence[Row]) -> Row:
     return dataclasses.replace(row, efficiency=row.tokens_per_second / base)
 
 
+def fewer_bytes(row: Row, rows: Sequence[Row]) -> float | None:
+    """Bytes on the wire of AdamW through DDP on the same model and ranks, over those of ``row``."""
+    for other in rows:
+        if (
+            (other.method, other.model, other.ranks) == ("adamw", row.model, row.ranks)
+            and other.wire_bytes
+            and row.wire_bytes
+        ):
+            return other.wire_bytes / row.wire_bytes
+    return None
+
+
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")

@@ -79,6 +79,14 @@ def test_measures_every_method_on_two_ranks(ddp: ModuleType, tmp_path: Path, cap
     assert f"{weights / (4 * 2 * SKEWS + 2 * ORDINARY):.2f}" in shown
 
 
+def test_the_documents_table_is_what_was_measured(ddp: ModuleType) -> None:
+    from ddp_table import markdown
+
+    here = Path(ddp.__file__).parent
+    table = markdown(ddp.read_csv(here / "results" / "ddp-h100.csv"))
+    assert table in (here.parent / "docs" / "distributed.md").read_text()
+
+
 def test_a_failed_case_is_a_row_and_an_error(ddp: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "X.csv"
     with pytest.raises(SystemExit, match="1 of 1 cases failed"):
