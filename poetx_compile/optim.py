@@ -139,6 +139,12 @@ class SkewMuon(AdamW):
                     f"poetx: the state of '{factor.name}' is another optimizer's, and SkewMuon cannot go on from it: load the "
                     "model's state_dict only"
                 )
+        for place, group in enumerate(self.param_groups):
+            if not group.keys() >= _NEEDED:
+                raise PoetxError(
+                    f"poetx: the settings of parameter group {place} are another optimizer's, and SkewMuon cannot go on with them: "
+                    "load the model's state_dict only"
+                )
 
     def _with_momentum(self, batch: Turned) -> Turned:
         """What is to be orthogonalised, packed as ``q``, in the place of each gradient."""

@@ -405,6 +405,19 @@ class TestRefusals:
             optimizer.step()
             assert not torch.equal(model[0].weight, old[0])
 
+    def test_settings_of_muon_where_no_rotation_moves(self) -> None:
+        model = network()
+        muon, optimizer = torch.optim.Muon([model[2].weight]), SkewMuon([model[2].weight])
+        optimizer.add_param_group({"params": [model[0].weight]})
+        muon.add_param_group({"params": [model[0].weight]})
+        loss(rotating(model, exclude=["2"]), 0).backward()
+        model[0].weight.grad = None
+        old = values(model)
+        optimizer.load_state_dict(muon.state_dict())
+        with pytest.raises(PoetxError, match="the settings of parameter group 0 are another optimizer's"):
+            optimizer.step()
+        exact(values(model), old)
+
     def test_settings_of_muon(self) -> None:
         model = network()
         muon, optimizer = torch.optim.Muon([model[0].weight]), SkewMuon([model[0].weight])
