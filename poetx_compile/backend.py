@@ -176,15 +176,15 @@ class Runtime:
         rehearsal.join()
         optimizer.settle()
         found: list[tuple[Slot, OrthogonalFactor]] = []
-        late = False
+        late = [args[slot.index] for slot in self._slots if factors.of_weight(args[slot.index]) is None]
+        if late:
+            conversion.refuse_distributed(late)
         for slot in self._slots:
             weight = args[slot.index]
             factor = factors.of_weight(weight)
             if factor is None:
-                conversion.refuse_distributed([weight])
                 how = slot.matrices, slot.outputs, slot.storage
                 factor = conversion.adopt_late(weight, slot.name, self._config, *how)
-                late = True
             found.append((slot, factor))
         unpacked = [factor for _, factor in found if not factor.is_packed]
         if unpacked:

@@ -70,7 +70,7 @@ def tag(factor: OrthogonalFactor, entry: Entry, moments: int) -> None:
 
 
 def follow(factor: OrthogonalFactor, entry: Entry, moments: int) -> None:
-    """As :func:`tag` at the end of a step, when most entries have their tags and only a factor's place has changed."""
+    """As :func:`tag` at the end of a step, when only its place, and what it keeps, may have changed."""
     if "poetx_live" not in entry:
         tag(factor, entry, moments)
         return

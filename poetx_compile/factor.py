@@ -185,7 +185,10 @@ class OrthogonalFactor:
         yield from zip(self.q.split([side.skew for side in sides]), sides)
 
     def matrices(self) -> Matrices:
-        """A weight that is stored as itself, and its residual: views, or copies where memory has another order."""
+        """A weight that is stored as itself, and its residual: views, or copies where memory has another order.
+
+        A residual that belongs to other values is dropped first.
+        """
         self.check_residual()
         residual = self.residual
         packed = None if residual is None else residual.reshape(*self.stack.shape[:2], -1)
@@ -227,7 +230,7 @@ class OrthogonalFactor:
         torch.autograd.graph.increment_version(self.weight)
 
     def forget(self) -> None:
-        """Take ``q`` for zero, which it is, since its rotation was folded."""
+        """Take ``q`` for untouched from now on: it was set to zero."""
         self._clean = self.q._version
 
     def check_residual(self) -> None:

@@ -45,10 +45,11 @@ def retract_all(work: Iterable[tuple[OrthogonalFactor, float]], look: Callable[[
 
 def _fold(made: Turns) -> None:
     """Write rotations into their weights; ``q ← 0``."""
-    folded = [(factor, factor.matrices(), rotations) for factor, rotations in made if factor.base is None]
-    kernels.rotate_all_(turn for factor, matrices, rotations in folded for turn in factor.turns(matrices, rotations))
-    for factor, matrices, _ in folded:
-        factor.write(matrices)
+    whole = [pair for pair in made if pair[0].base is None]
+    _turn([pair for pair in whole if pair[0].weight.is_contiguous()])
+    for pair in whole:
+        if not pair[0].weight.is_contiguous():  # these are copied, one after another
+            _turn([pair])
     for factor, rotations in made:
         if factor.base is not None:
             factor.turn_base(rotations)
@@ -56,6 +57,16 @@ def _fold(made: Turns) -> None:
         torch._foreach_zero_([factor.q for factor, _ in made])
     for factor, _ in made:
         factor.forget()
+
+
+def _turn(made: Turns) -> None:
+    """Rotate weights that are stored as themselves, together."""
+    held = [(factor, factor.matrices(), rotations) for factor, rotations in made]
+    try:
+        kernels.rotate_all_(turn for factor, matrices, rotations in held for turn in factor.turns(matrices, rotations))
+    finally:  # some may have turned
+        for factor, matrices, _ in held:
+            factor.write(matrices)
 
 
 def in_batches(work: Iterable[Item]) -> Iterator[list[Item]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +14,7 @@ from torch import nn
 from turned import CONFIG, master, of_dtypes, retract, small_factor, turn
 
 from poetx_compile import PoetxConfig, retraction
-from poetx_compile.kernels import HALF
+from poetx_compile.kernels import HALF, naive
 from poetx_compile.retraction import in_batches, retract_all
 
 GAINS = st.sampled_from((1.0, 0.5, 8.0))
@@ -54,6 +56,40 @@ def test_the_matrices_of_a_stack_turn_each_on_its_own(dtype: torch.dtype) -> Non
             factor.q.copy_(part)
     retract_all((factor, 1.0) for factor in (stack, *alone))
     assert torch.equal(master(stack), torch.stack([master(factor) for factor in alone]))
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_stops_halfway_leaves_weights_with_their_own_residuals(
+    bits: int, memory: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(CONFIG, residual_bits=bits)
+
+    def made(seed: int) -> OwningFactor:
+        kernel = normal(32, 5, 3, 3, seed=seed, dtype=torch.bfloat16).to(memory_format=memory)
+        factor = OwningFactor(nn.Parameter(kernel), "weight", config, (1, 32, 45))
+        turn(factor, seed)
+        return factor
+
+    def stumble(*operands: object) -> None:
+        rotated.append(operands)
+        if len(rotated) == 2:
+            raise ArithmeticError
+        rotate(*operands)
+
+    whole, first, second = made(1), made(1), made(2)
+    retract(whole)
+    before, version = (second.weight.detach().clone(), second.residual.clone()), first.weight._version
+    rotated: list[object] = []
+    rotate = naive.rotate_
+    monkeypatch.setattr(naive, "rotate_", stumble)
+    with pytest.raises(ArithmeticError):
+        retract_all([(first, 1.0), (second, 1.0)])
+    assert torch.equal(first.weight, whole.weight)
+    assert torch.equal(first.residual, whole.residual)
+    assert first.weight._version > version
+    assert torch.equal(second.weight, before[0])
+    assert torch.equal(second.residual, before[1])
 
 
 @of_dtypes

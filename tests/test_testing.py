@@ -132,7 +132,7 @@ class TestMistakesAreFound:
             self.check(Hooked(22, 20).double())
 
     def test_in_the_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(factor_module.kernels, "rotate_", lambda *_: None)
+        monkeypatch.setattr(factor_module.kernels, "rotate_all_", lambda turns: None)
         with pytest.raises(AssertionError, match="'experts' after one step differs"):
             self.check()
 

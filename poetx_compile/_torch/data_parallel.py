@@ -40,11 +40,25 @@ def _kind(wrapper: nn.Module) -> str:
 
 @functools.cache
 def _data_parallel() -> WeakSet[nn.Module]:
-    """Every DistributedDataParallel and FullyShardedDataParallel there is: constructors add those that come."""
+    """Every DistributedDataParallel and FullyShardedDataParallel: those there are, and those built or copied from now on."""
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.nn.parallel import DistributedDataParallel
 
-    return WeakSet(_living(DistributedDataParallel, FullyShardedDataParallel))
+    kinds = DistributedDataParallel, FullyShardedDataParallel
+    known: WeakSet[nn.Module] = WeakSet(_living(*kinds))
+    for kind in kinds:
+        for name in ("__init__", "__setstate__"):
+            setattr(kind, name, _noting(getattr(kind, name), known))
+    return known
+
+
+def _noting(make: Callable[..., None], known: WeakSet[nn.Module]) -> Callable[..., None]:
+    @functools.wraps(make)
+    def noted(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        known.add(self)
+
+    return noted
 
 
 def _living(*kinds: type) -> list[nn.Module]:
@@ -65,7 +79,6 @@ def within_ddp_constructor(context: Callable[[nn.Module, dict[str, Any]], Abstra
         given = inspect.signature(build).bind(self, module, *args, **kwargs)
         with context(module, dict(given.arguments)):
             build(self, module, *args, **kwargs)
-        _data_parallel().add(self)
 
     DistributedDataParallel.__init__ = inside  # type: ignore[method-assign]
 
@@ -82,7 +95,6 @@ def before_fsdp_constructor(check: Callable[[nn.Module], None]) -> None:
     def checked(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         check(module)
         build(self, module, *args, **kwargs)
-        _data_parallel().add(self)
 
     FullyShardedDataParallel.__init__ = checked  # type: ignore[method-assign]
 

@@ -101,14 +101,14 @@ def _halves(tensor):
 
 
 @gluon.jit
-def _apart(apart, PLACE: gl.constexpr, MULTIPLE: gl.constexpr):
+def _distance(distances, PLACE: gl.constexpr, MULTIPLE: gl.constexpr):
     """How many elements an operand lies behind that of the first weight."""
-    return gl.multiple_of(gl.load(apart + PLACE), MULTIPLE)
+    return gl.multiple_of(gl.load(distances + PLACE), MULTIPLE)
 
 
 @gluon.jit
 def _rotate_kernel(
-    apart,  # [weights, 6]
+    distances,  # [weights, 6]
     weight,  # [m, n]
     residual,  # [m, n]
     rows,  # [m / M, M, M]
@@ -134,13 +134,13 @@ def _rotate_kernel(
     SHARED_BYTES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     SHARED_FLOATS: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
 
-    apart += gl.program_id(2) * 6
-    weight += _apart(apart, 0, 8)
-    residual += _apart(apart, 1, 16)
-    rows += _apart(apart, 2, 8) + gl.program_id(0).to(gl.int64) * (M * M)
-    row_channels += _apart(apart, 3, 2) + gl.program_id(0) * M
-    columns += _apart(apart, 4, 8) + gl.program_id(1).to(gl.int64) * (N * N)
-    column_channels += _apart(apart, 5, 2) + gl.program_id(1) * N
+    distances += gl.program_id(2) * 6
+    weight += _distance(distances, 0, 8)
+    residual += _distance(distances, 1, 16)
+    rows += _distance(distances, 2, 8) + gl.program_id(0).to(gl.int64) * (M * M)
+    row_channels += _distance(distances, 3, 2) + gl.program_id(0) * M
+    columns += _distance(distances, 4, 8) + gl.program_id(1).to(gl.int64) * (N * N)
+    column_channels += _distance(distances, 5, 2) + gl.program_id(1) * N
 
     tile = gl.allocate_shared_memory(gl.float16, [M, N], SHARED)
     rest = gl.allocate_shared_memory(gl.int8, [M, N], SHARED_BYTES)
@@ -245,18 +245,19 @@ def serves(operands: Sequence[Tensor | None], run: int) -> TypeGuard[Operands]:
     )
 
 
-def rotate_(operands: Sequence[Operands], run: int) -> None:
-    """As :func:`.naive.rotate_`, for contiguous half-precision weights and rotations that :func:`serves` accepts.
+def rotate_(operands: Sequence[Operands], run: int, distances: Tensor) -> None:
+    """As :func:`.naive.rotate_`, for each of some half-precision weights that :func:`serves` accepts.
 
     Args:
         operands: of weights of one shape, dtype and device, with blocks of one width along each side.
+        distances: between them, by :func:`distances_of`.
     """
     first = operands[0]
     weight, _, rows, _, columns, _ = first
     (row_blocks, m, _), (column_blocks, n, _) = rows.shape, columns.shape
     warps = m // 16
     _rotate_kernel[(row_blocks, column_blocks, len(operands))](
-        _apart_from(first, operands),
+        distances,
         *first,
         weight.shape[1],
         M=m,
@@ -269,8 +270,12 @@ def rotate_(operands: Sequence[Operands], run: int) -> None:
     torch.autograd.graph.increment_version([tensor for each in operands for tensor in each[:2]])
 
 
-def _apart_from(first: Operands, operands: Sequence[Operands]) -> Tensor:
-    """``[weights, 6]``, int64 on the device of the weights, which is not waited for."""
-    places = [(tensor.data_ptr(), tensor.element_size()) for tensor in first]
-    apart = [(tensor.data_ptr() - place) // size for each in operands for tensor, (place, size) in zip(each, places)]
-    return torch.tensor(apart, pin_memory=True).to(first[0].device, non_blocking=True)
+def distances_of(operands: Sequence[Operands]) -> Tensor:
+    """How many elements each operand lies behind that of the first weight.
+
+    Returns:
+        ``[weights * 6]``, int64 on the device of the weights, which is not waited for.
+    """
+    places = [(tensor.data_ptr(), tensor.element_size()) for tensor in operands[0]]
+    distances = [(tensor.data_ptr() - place) // size for each in operands for tensor, (place, size) in zip(each, places)]
+    return torch.tensor(distances, device="cpu", pin_memory=True).to(operands[0][0].device, non_blocking=True)

@@ -37,14 +37,23 @@ class Turn(NamedTuple):
 
 
 def rotate_all_(turns: Iterable[Turn]) -> None:
-    """Rotate matrices in place, of which no two share memory. Those with launches of their own keep their order."""
+    """Rotate matrices in place. Those with launches of their own come last, in their order.
+
+    Raises:
+        torch.OutOfMemoryError: there is none for the launches of many; no matrix was rotated then.
+    """
     groups: dict[tuple[Any, ...], list[Turn]] = defaultdict(list)
     alone: list[Turn] = []
+    places: set[int] = set()
     for turn in turns:
-        (groups[turn.kind] if turn.is_for_one_pass else alone).append(turn)
-    for members in groups.values():
-        with torch.cuda.device(members[0].weight.device):
-            if not ops.rotate_in_one_pass([turn[:6] for turn in members], members[0].run):
+        place = turn.weight.data_ptr()
+        is_alone = place in places or not turn.is_for_one_pass  # what two weights share is rotated twice, not at once
+        (alone if is_alone else groups[turn.kind]).append(turn)
+        places.add(place)
+    launches = [(members, ops.distances_for_one_pass([turn[:6] for turn in members])) for members in groups.values()]
+    for members, distances in launches:
+        with torch.cuda.device(distances.device):
+            if not ops.rotate_in_one_pass([turn[:6] for turn in members], members[0].run, distances):
                 alone += members
     for turn in alone:
         ops.rotate_(*turn)

@@ -96,9 +96,8 @@ def rotate_in_place(
 
         sides = (rows, row_channels, columns, column_channels)
         with torch.cuda.device(weight.device):
-            if not (
-                is_for_one_pass(weight, residual, *sides, run=run) and rotate_in_one_pass([(weight, residual, *sides)], run)
-            ):
+            group = [(weight, residual, *sides)]
+            if not (is_for_one_pass(*group[0], run=run) and rotate_in_one_pass(group, run, distances_for_one_pass(group))):
                 triton_rotate.rotate_(weight, residual, *sides, run, precision)
     else:
         operands: tuple[Any, ...] = weight, residual, rows, row_channels, columns, column_channels
@@ -145,10 +144,16 @@ def is_for_one_pass(*operands: Tensor | None, run: int) -> bool:
     return kernel is not None and kernel.serves(operands, run)
 
 
-def rotate_in_one_pass(operands: Sequence[Any], run: int) -> bool:
+def distances_for_one_pass(operands: Sequence[Any]) -> Tensor:
+    """All the memory that :func:`rotate_in_one_pass` takes."""
+    distances: Tensor = one_pass("gluon_rotate", operands[0][0].device).distances_of(operands)
+    return distances
+
+
+def rotate_in_one_pass(operands: Sequence[Any], run: int, distances: Tensor) -> bool:
     """Rotate weights of one shape, each :func:`is_for_one_pass`, in one launch; False where the kernel does not compile."""
     device = operands[0][0].device
-    return succeeds(one_pass("gluon_rotate", device).rotate_, device, operands, run)
+    return succeeds(one_pass("gluon_rotate", device).rotate_, device, operands, run, distances)
 
 
 def succeeds(launch: Callable[..., None], device: torch.device, *operands: Any) -> bool:

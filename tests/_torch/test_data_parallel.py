@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from captured import Net
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from poetx_compile._torch import data_parallel
 from poetx_compile._torch.data_parallel import (
     active_ddp,
     after_ddp_join,
@@ -42,11 +44,15 @@ def test_a_data_parallel_model_is_recognised_by_its_weights() -> None:
 def test_all_objects_are_looked_at_once_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """A scan for each weight took minutes with a model whose layers are compiled one by one."""
     distributed_wrapper(Net().parameters())
-    monkeypatch.setattr(gc, "get_objects", lambda: pytest.fail("all objects were looked at again"))
+    living, asked = data_parallel._living, []
+    monkeypatch.setattr(data_parallel, "_living", lambda *kinds: asked.extend(kinds) or living(*kinds))
     net, other = Net(), Net()
     wrapped = DistributedDataParallel(net)
     assert distributed_wrapper([other.fc.weight]) is None
     assert distributed_wrapper([net.fc.weight]) == "DistributedDataParallel"
+    copied = copy.deepcopy(wrapped)
+    assert distributed_wrapper([copied.module.fc.weight]) == "DistributedDataParallel"
+    assert DistributedDataParallel not in asked
     del wrapped
     gc.collect()
     assert distributed_wrapper([net.fc.weight]) is None

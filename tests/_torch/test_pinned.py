@@ -24,6 +24,7 @@ PINNED = {
         "_data_parallel",
         "_kind",
         "_living",
+        "_noting",
         "active_ddp",
         "after_ddp_join",
         "before_fsdp_constructor",

@@ -94,7 +94,9 @@ class TestOnAGpu:
     ) -> None:
         launches: list[int] = []
         launch = ops.rotate_in_one_pass
-        monkeypatch.setattr(ops, "rotate_in_one_pass", lambda given, run: launches.append(len(given)) or launch(given, run))
+        monkeypatch.setattr(
+            ops, "rotate_in_one_pass", lambda given, *others: launches.append(len(given)) or launch(given, *others)
+        )
         turns = [turn(*shape, width, dtype, seed, "cuda") for seed, shape in enumerate(SHAPES, start=1)]
         check(turns)
         if torch.cuda.get_device_capability()[0] == 9:
@@ -113,5 +115,5 @@ class TestOnAGpu:
         )
 
     def test_a_kernel_that_does_not_compile_is_done_without(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ops, "rotate_in_one_pass", lambda given, run: False)
+        monkeypatch.setattr(ops, "rotate_in_one_pass", lambda *given: False)
         check([turn(512, 512, 256, torch.bfloat16, seed, "cuda") for seed in (1, 2)])

@@ -45,7 +45,7 @@ TYPES = SINGLE | {
     **{name: "*fp32" for name in ("partial", "packed", "bias_grad", "skew", "scratch", "norms")},
     **{name: "*fp16" for name in ("rotation", "omega", "square", "lead", "series")},
     **{"codes": "*i8", "scales": "*bf16", "n": "i32", "groups": "i32"},
-    **{"apart": "*i64", "weight": "*bf16", "residual": "*i8", "bias": "*bf16", "channels": "*i64"},
+    **{"distances": "*i64", "weight": "*bf16", "residual": "*i8", "bias": "*bf16", "channels": "*i64"},
     **{"scale": "fp32", "size": "i32", "stride": "i32", "channel_stride": "i32"},
 }
 """Of every argument that a kernel has by this name."""
