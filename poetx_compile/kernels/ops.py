@@ -141,7 +141,11 @@ def is_for_one_pass(*operands: Tensor | None, run: int) -> bool:
     weight = operands[0]
     assert weight is not None
     kernel = one_pass("gluon_rotate", weight.device) if fits(weight) else None
-    return kernel is not None and kernel.serves(operands, run)
+    return (
+        kernel is not None
+        and (kernel.rotate_.__module__, weight.device) not in _takes_two_passes
+        and kernel.serves(operands, run)
+    )
 
 
 def distances_for_one_pass(operands: Sequence[Any]) -> Tensor:
