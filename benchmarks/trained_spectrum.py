@@ -22,6 +22,8 @@ from rows import append_csv
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results"
+SHAPE = {"largest": 0.0, "upper": 0.25, "middle": 0.5, "lower": 0.75}
+"""Which singular values tell the shape of a spectrum: parts of their order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,29 +63,22 @@ def spectra(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def shape(values: Tensor) -> tuple[float, ...]:
+def shape(values: Tensor) -> dict[str, float]:
     scaled = values / values.square().mean().sqrt()
-    return tuple(scaled[int(part * (len(values) - 1))].item() for part in (0, 0.25, 0.5, 0.75))
+    return {name: scaled[int(part * (len(values) - 1))].item() for name, part in SHAPE.items()}
 
 
 def compare(case: Case, before: Mapping[str, Tensor], after: Mapping[str, Tensor], loss: float | None) -> Iterator[Row]:
     for name, values in after.items():
-        (a, b, c, d), (e, f, g, h) = shape(values), shape(before[name])
         yield Row(
             recipe=case.key.recipe,
             size=case.key.size,
             steps=case.key.steps,
             matrix=name,
             growth=(torch.linalg.vector_norm(values) / torch.linalg.vector_norm(before[name])).item(),
-            largest=a,
-            upper=b,
-            middle=c,
-            lower=d,
-            largest_before=e,
-            upper_before=f,
-            middle_before=g,
-            lower_before=h,
             val_loss=loss,
+            **shape(values),
+            **{f"{part}_before": value for part, value in shape(before[name]).items()},
         )
 
 
@@ -93,8 +88,7 @@ def show(rows: Sequence[Row]) -> None:
         table.add_column(heading, justify="right")
     for kind in sorted({row.matrix.rpartition(".")[2] for row in rows}):
         of_kind = [row for row in rows if row.matrix.endswith(kind)]
-        names = ("growth", "largest", "upper", "middle", "lower")
-        names += tuple(f"{name}_before" for name in names[1:])
+        names = ("growth", *SHAPE, *(f"{name}_before" for name in SHAPE))
         table.add_row(kind, *(f"{sum(getattr(row, name) for row in of_kind) / len(of_kind):.2f}" for name in names))
     Console().print(table)
 

@@ -46,10 +46,10 @@ def retract_all(work: Iterable[tuple[OrthogonalFactor, float]], look: Callable[[
 def _fold(made: Turns) -> None:
     """Write rotations into their weights; ``q ← 0``."""
     whole = [pair for pair in made if pair[0].base is None]
-    _turn([pair for pair in whole if pair[0].weight.is_contiguous()])
-    for pair in whole:
-        if not pair[0].weight.is_contiguous():  # these are copied, one after another
-            _turn([pair])
+    together = [pair for pair in whole if pair[0].weight.is_contiguous()]
+    one_by_one = [[pair] for pair in whole if not pair[0].weight.is_contiguous()]  # they are copied
+    for some in (together, *one_by_one):
+        _turn(some)
     for factor, rotations in made:
         if factor.base is not None:
             factor.turn_base(rotations)

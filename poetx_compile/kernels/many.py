@@ -50,10 +50,13 @@ def rotate_all_(turns: Iterable[Turn]) -> None:
         is_alone = place in places or not turn.is_for_one_pass  # what two weights share is rotated twice, not at once
         (alone if is_alone else groups[turn.kind]).append(turn)
         places.add(place)
-    launches = [(members, ops.distances_for_one_pass([turn[:6] for turn in members])) for members in groups.values()]
-    for members, distances in launches:
+    launches = []
+    for members in groups.values():
+        operands = [turn[:6] for turn in members]
+        launches.append((members, operands, ops.distances_for_one_pass(operands)))
+    for members, operands, distances in launches:
         with torch.cuda.device(distances.device):
-            if not ops.rotate_in_one_pass([turn[:6] for turn in members], members[0].run, distances):
+            if not ops.rotate_in_one_pass(operands, members[0].run, distances):
                 alone += members
     for turn in alone:
         ops.rotate_(*turn)
