@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -34,7 +35,8 @@ def cases(args: argparse.Namespace) -> Iterator[Row]:
         for method in args.methods:
             hooks = args.compress if method == "poetx" else ["none"]
             for ranks in args.ranks:
-                for compress in hooks if ranks > 1 else ["none"]:
+                travels = itertools.product(hooks, args.nccl_ctas) if ranks > 1 else [("none", 0)]
+                for compress, ctas in travels:
                     yield Row(
                         model=model,
                         method=method,
@@ -43,6 +45,7 @@ def cases(args: argparse.Namespace) -> Iterator[Row]:
                         inner=args.inner,
                         split=args.split,
                         bucket_mb=args.bucket_mb,
+                        ctas=ctas,
                         ranks=ranks,
                         batch=args.batch,
                         seq=args.seq,
@@ -58,7 +61,7 @@ def run(case: Row, device: str, seconds: float) -> Row:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
         command = [*launch, str(HERE / "ddp_rank.py"), device, json.dumps(dataclasses.asdict(case)), str(out)]
         with subprocess.Popen(
-            command, env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            command, env=_environment(case.ctas), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         ) as process:
             try:
                 _, errors = process.communicate(timeout=seconds)
@@ -72,10 +75,11 @@ def run(case: Row, device: str, seconds: float) -> Row:
         return dataclasses.replace(case, reason=" ".join([f"exit code {process.returncode}:", *last])[:300])
 
 
-def _environment() -> dict[str, str]:
+def _environment(ctas: int) -> dict[str, str]:
     paths = [str(HERE.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     fixed = {"NCCL_NVLS_ENABLE": "0", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    return {"OMP_NUM_THREADS": "1", **os.environ, **fixed}
+    limit = {"NCCL_MAX_CTAS": str(ctas)} if ctas else {}
+    return {"OMP_NUM_THREADS": "1", **os.environ, **fixed, **limit}
 
 
 def show(rows: Sequence[Row], console: Console) -> None:
@@ -107,13 +111,14 @@ def show(rows: Sequence[Row], console: Console) -> None:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = lambda text: text.split(",")  # noqa: E731
+    numbers = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--models", type=names, default=["1b", "3b"], metavar="tiny,1b,3b")
     parser.add_argument("--methods", type=names, default=list(METHODS), metavar=",".join(METHODS))
     parser.add_argument(
         "--compress", type=names, default=["none"], metavar="none,bf16", help="of q's gradients, by torch's hook"
     )
-    parser.add_argument("--ranks", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2], metavar="1,2")
+    parser.add_argument("--ranks", type=numbers, default=[1, 2], metavar="1,2")
     parser.add_argument("--batch", type=int, default=4, help="sequences on each GPU")
     parser.add_argument("--seq", type=int, default=2048, help="tokens in each")
     parser.add_argument("--steps", type=int, default=15, help="timed, after the warm-up")
@@ -121,6 +126,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", choices=("model", "layers"), default="model", help="fsdp2: always its layers")
     parser.add_argument("--inner", choices=("inductor", "aot_eager"), default="inductor", help="what compiles")
     parser.add_argument("--bucket-mb", type=int, default=25, help="DistributedDataParallel's bucket_cap_mb")
+    parser.add_argument("--nccl-ctas", type=numbers, default=[0], metavar="0,4", help="NCCL_MAX_CTAS; 0 leaves it to NCCL")
     parser.add_argument("--no-split", dest="split", action="store_false", help="torch._dynamo.config.optimize_ddp = False")
     parser.add_argument("--minutes", type=float, default=9.0, help="that one case may take")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/ddp-<device>.csv")

@@ -21,6 +21,7 @@ class Row:
         inner: what compiles: ``inductor``, or ``aot_eager`` for a check of the script.
         split: whether Dynamo's DDPOptimizer may cut the model's graph by buckets.
         bucket_mb: MiB in a bucket of DistributedDataParallel's.
+        ctas: thread blocks that NCCL may take (``NCCL_MAX_CTAS``), each a processor's; 0 leaves it to NCCL.
         ranks: GPUs, one process each. On one there is no wrapper.
         batch, seq: sequences, and tokens in each, on every rank.
         ms_median, ms_q20, ms_q80: milliseconds of a step on the slowest rank.
@@ -43,6 +44,7 @@ class Row:
     inner: str
     split: bool
     bucket_mb: int
+    ctas: int
     ranks: int
     batch: int
     seq: int
@@ -66,7 +68,9 @@ class Row:
 
     @property
     def label(self) -> str:
-        return self.method if self.compress == "none" else f"{self.method}, {self.compress} gradients"
+        compressed = [] if self.compress == "none" else [f"{self.compress} gradients"]
+        limited = [f"{self.ctas} blocks of NCCL"] if self.ctas else []
+        return ", ".join([self.method, *compressed, *limited])
 
     @property
     def case(self) -> tuple[Any, ...]:
@@ -79,7 +83,7 @@ class Row:
         return other.ranks == 1 and all(getattr(self, name) == getattr(other, name) for name in same)
 
 
-ASKED = ("model", "method", "compress", "compiled", "inner", "split", "bucket_mb", "ranks", "batch", "seq", "block")
+ASKED = ("model", "method", "compress", "compiled", "inner", "split", "bucket_mb", "ctas", "ranks", "batch", "seq", "block")
 FACTS = ("device", "torch", "triton", "cuda", "driver", "transformers", "date", "poetx_compile")
 _COLUMNS = [name for name in get_type_hints(Row) if name != "facts"]
 
@@ -130,7 +134,7 @@ def read_csv(path: Path) -> list[Row]:
 _TYPES: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("model", "method", "compress", "compiled", "inner", "counted_by", "reason"), str),
     **dict.fromkeys(
-        ("bucket_mb", "ranks", "batch", "seq", "block", "parameters", "steps", "payload_bytes", "wire_bytes"), int
+        ("bucket_mb", "ctas", "ranks", "batch", "seq", "block", "parameters", "steps", "payload_bytes", "wire_bytes"), int
     ),
     "split": lambda text: text == "True",
 }
