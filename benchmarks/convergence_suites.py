@@ -47,6 +47,7 @@ SUITES = {
             *over("poetx-muon:lr=8e-3:scale=0.5", "init", "row-normalised", "keep"),
             "poetx-muon:lr=4e-3:init=row-normalised",
             *over("poetx-muon:lr=1.6e-2:scale=0.25", "init", "row-normalised", "keep"),
+            "poetx-muon:lr=1.6e-2:scale=0.177:init=row-normalised",
             "poetx-muon:lr=3.2e-2:scale=0.125:init=row-normalised",
             *over("poetx-muon:lr=8e-3:scale=0.5", "gain", 2, 0.5),
             "poetx-muon:lr=1.6e-2:scale=0.25:init=row-normalised:floor=0",
@@ -88,7 +89,13 @@ SUITES = {
     ),
     "block": Suite(
         "The block size",
-        (*over("poetx:lr=2e-3", "block_size", 128, 512, 256), *over("poetx-muon:lr=4e-3", "block_size", 128, 512, 256)),
+        (
+            *over("poetx:lr=2e-3", "block_size", 128, 512, 256),
+            *over("poetx-muon:lr=4e-3", "block_size", 128, 512, 256),
+            *over("poetx-muon:lr=1.6e-2:init=row-normalised:block_size=512", "scale", 0.125, 0.0884, 0.18),
+            *over("poetx-muon:lr=1.6e-2:init=row-normalised", "scale", 0.25, 0.177, 0.125),
+            "poetx:beta2=0.95:lr=1.6e-2:scale=0.0625:block_size=512",
+        ),
     ),
     "precision": Suite(
         "The dtype of weights and of skew parameters, and the bits that a residual keeps",
@@ -98,6 +105,8 @@ SUITES = {
             "poetx:lr=2e-3:skew_dtype=bfloat16",
             "poetx:lr=2e-3:residual_bits=0",
             "poetx:lr=2e-3:residual_bits=4",
+            *over("poetx-muon:lr=1.6e-2:scale=0.25:init=row-normalised", "dtype", "autocast", "bf16"),
+            *over("poetx-muon:lr=1.6e-2:scale=0.0884:init=row-normalised:block_size=512", "dtype", "autocast", "bf16"),
         ),
     ),
     "init": Suite(
@@ -118,6 +127,8 @@ SUITES = {
             *over("poetx-muon:lr=1.6e-2:scale=0.25", "spectrum", "flat", "random"),
             *over("poetx-muon:lr=1.6e-2:scale=0.25:init=row-normalised", "gains", "rows", "layer", "none"),
             "poetx-muon:lr=1.6e-2:scale=0.25:spectrum=flat:gains=rows",
+            "poetx-muon:lr=1.6e-2:scale=0.35:init=row-normalised:gains=rows",
+            "poetx-muon:lr=1.6e-2:scale=0.125:init=row-normalised:gains=rows:block_size=512:dtype=autocast",
             *over("poetx:lr=1.6e-2:scale=0.125:beta2=0.95", "spectrum", "flat", "random"),
             *over("muon:dtype=autocast:lr=1.6e-2:ratio=0.5", "spectrum", "flat", "random"),
         ),

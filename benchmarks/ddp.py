@@ -89,12 +89,12 @@ def show(rows: Sequence[Row], console: Console) -> None:
         table.add_column(name, justify="right", overflow="fold")
     for row in rows:
         if row.ms_median is None:
-            table.add_row(row.model, row.label, str(row.ranks), row.reason[:60])
+            table.add_row(row.model, row.described, str(row.ranks), row.reason[:60])
             continue
         less = fewer_bytes(row, rows)
         table.add_row(
             row.model,
-            row.label,
+            row.described,
             str(row.ranks),
             f"{row.ms_median:.1f}",
             f"{row.tokens_per_second:.0f}",
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = read_csv(args.out) if args.append and args.out and args.out.exists() else []
     done: list[Row] = []
     for case in cases(args):
-        print(f"{case.model}, {case.label}, {case.ranks} rank(s)", flush=True)
+        print(f"{case.model}, {case.described}, {case.ranks} rank(s)", flush=True)
         row = run(case, args.device, 60 * args.minutes)
         if row.reason:
             print(f"  {row.reason}", flush=True)

@@ -68,9 +68,13 @@ class Row:
 
     @property
     def label(self) -> str:
-        compressed = [] if self.compress == "none" else [f"{self.compress} gradients"]
-        limited = [f"{self.ctas} blocks of NCCL"] if self.ctas else []
-        return ", ".join([self.method, *compressed, *limited])
+        return self.method if self.compress == "none" else f"{self.method}, {self.compress} gradients"
+
+    @property
+    def described(self) -> str:
+        """The label, and what was not left as it is by default."""
+        others = {"graphs not split": not self.split, f"{self.ctas} blocks of NCCL": bool(self.ctas)}
+        return ", ".join([self.label, *(text for text, holds in others.items() if holds)])
 
     @property
     def case(self) -> tuple[Any, ...]:

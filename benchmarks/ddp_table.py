@@ -9,12 +9,22 @@ from pathlib import Path
 from ddp_rows import Row, fewer_bytes, read_csv
 from documents import table_line, write_into
 
-HEADINGS = ("model", "method", "GPUs", "tokens/s of each", "over one", "MB handed over", "AdamW's / these", "peak, GB")
+HEADINGS = (
+    "model",
+    "method",
+    "tokens a GPU",
+    "GPUs",
+    "tokens/s of each",
+    "over one",
+    "MB handed over",
+    "AdamW's / these",
+    "peak, GB",
+)
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    measured = [row for row in rows if row.ms_median]
-    dashes = f"|---|---|{'---:|' * (len(HEADINGS) - 2)}"
+    measured = sorted((row for row in rows if row.ms_median), key=lambda row: (row.model, row.batch))
+    dashes = f"|---|---|---|{'---:|' * (len(HEADINGS) - 3)}"
     return "\n".join([table_line(HEADINGS), dashes, *(table_line(_cells(row, measured)) for row in measured)])
 
 
@@ -22,7 +32,8 @@ def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
     less = fewer_bytes(row, rows)
     return [
         row.model,
-        row.label,
+        row.described,
+        f"{row.batch} × {row.seq}",
         str(row.ranks),
         f"{row.tokens_per_second:,.0f}",
         f"{row.efficiency:.3f}" if row.efficiency and row.ranks > 1 else "",

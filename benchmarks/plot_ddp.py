@@ -19,7 +19,7 @@ _COLORS = {
 
 
 def draw(path: Path) -> Path:
-    """Draw tokens/s of each GPU and the bytes that it sends, for what the CSV holds. Returns the picture's path, beside it."""
+    """Draw tokens/s of each GPU and the bytes that it sends: of cases of one label the fastest. Returns the picture's path."""
     rows = [row for row in read_csv(path) if row.ms_median]
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     speed, wire = figure.subplots(1, 2)
@@ -41,20 +41,26 @@ def draw(path: Path) -> Path:
 
 
 def _bars(axes: Axes, rows: Sequence[Row], height: Callable[[Row], float | None], title: str) -> None:
-    models = list(dict.fromkeys(row.model for row in rows))
+    models = list(dict.fromkeys(_model(row) for row in rows))
     bars = list(dict.fromkeys((row.label, row.ranks) for row in rows))
     width = 0.8 / max(len(bars), 1)
     for place, (label, ranks) in enumerate(bars):
         part = [row for row in rows if (row.label, row.ranks) == (label, ranks)]
-        middles = [models.index(row.model) + (place + 0.5) * width - 0.4 for row in part]
+        fastest = {_model(row): row for row in sorted(part, key=lambda row: row.tokens_per_second or 0.0)}
+        middles = [models.index(model) + (place + 0.5) * width - 0.4 for model in fastest]
         alpha = 0.45 if ranks == 1 else 1.0
         shown = {} if ranks == 1 else {"label": label}
-        axes.bar(middles, [height(row) or 0.0 for row in part], 0.9 * width, color=_COLORS[label], alpha=alpha, **shown)
+        heights = [height(row) or 0.0 for row in fastest.values()]
+        axes.bar(middles, heights, 0.9 * width, color=_COLORS[label], alpha=alpha, **shown)
     axes.set_xticks(range(len(models)), models)
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _model(row: Row) -> str:
+    return f"{row.model}, {row.batch} × {row.seq}"
 
 
 if __name__ == "__main__":
