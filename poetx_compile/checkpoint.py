@@ -64,9 +64,8 @@ def tag(factor: OrthogonalFactor, entry: Entry, moments: int) -> None:
         return  # an optimizer takes an empty entry for a first step
     entry.update(_facts(factor), poetx_moments=moments, poetx_live=1)
     entry.update({_PREFIX + name: tensor for name, tensor in factor.kept.items()})
-    weight = factor.weight
-    codes = {_CODE + name: _code(value) for name, value in entry.items() if _must_be_bytes(name, value, weight)}
-    entry.update(codes)
+    weight, tensors = factor.weight, [(name, value) for name, value in entry.items() if isinstance(value, Tensor)]
+    entry.update({_CODE + name: _code(value) for name, value in tensors if _must_be_bytes(name, value, weight)})
 
 
 def follow(factor: OrthogonalFactor, entry: Entry, moments: int) -> None:

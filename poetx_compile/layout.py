@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -100,16 +101,16 @@ class StackLayout:
             rows = replace(rows, count=0, width=0)
         return cls(count, rows, columns)
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int]:
         return self.count, self.rows.features, self.columns.features
 
-    @property
+    @cached_property
     def sides(self) -> tuple[BlockLayout, ...]:
         """The sides of a matrix that are rotated: rows, then columns."""
         return tuple(side for side in (self.rows, self.columns) if side.count)
 
-    @property
+    @cached_property
     def skew(self) -> int:
         """Numbers in the packed upper triangles of all blocks of all matrices."""
         return self.count * sum(side.skew for side in self.sides)

@@ -89,10 +89,11 @@ def _rotations(batch: list[tuple[OrthogonalFactor, float]]) -> Turns:
         for place, (packed, side) in enumerate(factor.skews()):
             key = (side.width, gain * factor.config.scale, factor.precision, packed.device, packed.dtype)
             groups[key].append((factor, place, side.count, packed))
-    rotations: dict[tuple[OrthogonalFactor, int], Tensor] = {}
+    rotations: dict[OrthogonalFactor, dict[int, Tensor]] = {factor: {} for factor, _ in batch}
     for (width, scale, precision, *_), members in groups.items():
         skews = torch.cat([packed for *_, packed in members])
         turned = kernels.cayley_neumann(skews.to(kernels.master_dtype(skews.dtype)), width, scale, precision)
         parts = turned.split([count for _, _, count, _ in members])
-        rotations.update({(factor, place): part for (factor, place, *_), part in zip(members, parts)})
-    return [(factor, [rotations[factor, place] for place, _ in enumerate(factor.skews())]) for factor, _ in batch]
+        for (factor, place, *_), part in zip(members, parts):
+            rotations[factor][place] = part
+    return [(factor, [part for _, part in sorted(parts.items())]) for factor, parts in rotations.items()]
