@@ -33,6 +33,7 @@ METHODS = (
     "adamw:checkpointing=True",
     "poetx",
     "poetx:checkpointing=True",
+    "poetx:checkpointing=True:skew_dtype=bfloat16",
     "poetx:storage=int8:checkpointing=True",
 )
 CARDS = (24, 48, 80)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from . import conversion, initial, optimizer, retrace, stand_in
 from ._torch.compilers import activation_budget, compile_with_aot_eager, compile_with_inductor, global_state_check
@@ -20,7 +20,7 @@ from .config import PoetxConfig, split_options
 from .factor import OrthogonalFactor
 from .fitting import resolve
 from .kernels import rehearsal
-from .passes import LinearMatch, choose_route, match, normalize, rewrite, supply
+from .passes import LinearMatch, SkipReason, choose_route, match, normalize, rewrite, supply
 from .registry import factors
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,9 @@ def poetx(
     if known is not None:
         return known
     compiled = _compile(edited, inputs, config, patches)
-    runtime = Runtime(compiled, slots, config, [tensor for tensor in shown if is_fake(tensor)], dropped)
+    reasons = ((index, conversion.skip_reason(value)) for index, value in enumerate(live) if isinstance(value, nn.Parameter))
+    left = [(index, reason) for index, reason in reasons if reason is not None]
+    runtime = Runtime(compiled, slots, config, [tensor for tensor in shown if is_fake(tensor)], dropped, left)
     if not all(factor.is_packed for _, factor in lean):
         retrace.remember(trace, runtime)
     return runtime
@@ -135,11 +137,12 @@ class Slot:
     matrices: tuple[int, int, int]
     outputs: int | None
     storage: str
+    route: str
     takes_factor: bool
 
     @classmethod
     def of(cls, index: int, factor: OrthogonalFactor, outputs: int | None, takes_factor: bool = False) -> Slot:
-        return cls(index, factor.name, factor.stack.shape, outputs, factor.storage, takes_factor)
+        return cls(index, factor.name, factor.stack.shape, outputs, factor.storage, factor.route, takes_factor)
 
 
 class Runtime:
@@ -152,9 +155,11 @@ class Runtime:
         config: PoetxConfig,
         shown: list[Tensor],
         dropped: Collection[int] = (),
+        left: Sequence[tuple[int, SkipReason]] = (),
     ) -> None:
         """Args:
         shown: what stands for the factors' inputs where all arguments are fake.
+        left: arguments that stay ordinary parameters, and why.
         dropped: arguments that the graph does not take: stand-ins.
         """
         self._compiled = compiled
@@ -162,6 +167,7 @@ class Runtime:
         self._config = config
         self._shown = shown
         self._dropped = dropped
+        self._left = left
         self.is_same_state = global_state_check()
 
     def __call__(self, *args: Any) -> Any:
@@ -179,12 +185,14 @@ class Runtime:
         late = [args[slot.index] for slot in self._slots if factors.of_weight(args[slot.index]) is None]
         if late:
             conversion.refuse_distributed(late)
+            conversion.remember_alike((args[index], reason) for index, reason in self._left)
         for slot in self._slots:
             weight = args[slot.index]
             factor = factors.of_weight(weight)
             if factor is None:
                 how = slot.matrices, slot.outputs, slot.storage
                 factor = conversion.adopt_late(weight, slot.name, self._config, *how)
+                factor.route = slot.route
             found.append((slot, factor))
         unpacked = [factor for _, factor in found if not factor.is_packed]
         if unpacked:

@@ -191,6 +191,13 @@ def remember(skips: Iterable[Skip]) -> None:
         _skipped[skip.weight] = skip.reason
 
 
+def remember_alike(parameters: Iterable[tuple[nn.Parameter, SkipReason]]) -> None:
+    """Of parameters that meet code compiled for others: each stays ordinary for the reason that the other did."""
+    for parameter, reason in parameters:
+        if factors.of_weight(parameter) is None:
+            _skipped.setdefault(parameter, reason)
+
+
 def skip_reason(weight: nn.Parameter) -> SkipReason | None:
     """Why the last graph that held a weight left it alone; None if it is converted, or in no graph yet."""
     return _skipped.get(weight)

@@ -25,6 +25,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.pytorch_utils import Conv1D
 
+import poetx_compile
 from poetx_compile.registry import factors
 
 pytestmark = pytest.mark.filterwarnings("ignore:poetx. .* no torch.optim.Optimizer holds it")
@@ -529,6 +530,15 @@ class TestCompilations:
         converted = [weight for weight in model.parameters() if factors.of_weight(weight)]
         assert len(converted) == len({id(factor_of(weight)) for weight in converted}) == 24
         check_against_oracle(model, x)
+
+    def test_the_report_says_of_all_blocks_what_it_says_of_the_first(self) -> None:
+        model, x = Blocks(3), torch.randn(4, 32, dtype=torch.float64)
+        for block in model.blocks:
+            block.compile(backend="poetx", options=OPTIONS | {"route": "gram"})
+        square(model(x)).backward()
+        rows = poetx_compile.report(model, show=False).rows
+        assert all(row.how.startswith("rotation: gram") for row in rows if row.converted)
+        assert {row.how for row in rows if not row.converted} == {"ordinary: not a matrix"}
 
     def test_one_for_two_instances_of_a_class(self) -> None:
         models, x = [Blocks(1), Blocks(1)], torch.randn(4, 32, dtype=torch.float64)
