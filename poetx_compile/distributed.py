@@ -68,9 +68,10 @@ def check_ranks(model: nn.Module, *, repair: bool = False, group: Group = None) 
         group: of ranks; by default all.
 
     Raises:
-        PoetxError: some ranks differ; names the first weight that does.
+        PoetxError: some ranks differ; names the first weight that does, as ``model`` does.
     """
-    converted = factors.of_module(model)
+    named = {factor: name for name, weight in model.named_parameters() if (factor := factors.of_weight(weight)) is not None}
+    converted = list(named)
     if not converted:
         return
     sums = torch.stack([_checksum(factor) for factor in converted])
@@ -80,7 +81,7 @@ def check_ranks(model: nn.Module, *, repair: bool = False, group: Group = None) 
     if not any(differs):
         return
     if not repair:
-        first = converted[differs.index(True)].name
+        first = named[converted[differs.index(True)]]
         raise PoetxError(
             f"poetx: '{first}' and {sum(differs) - 1} more of {len(converted)} converted weights differ between ranks; call "
             "poetx_compile.check_ranks(model, repair=True) on every rank to send those of rank 0"
