@@ -16,7 +16,7 @@ from .backend import Compiled, convert
 from .config import PoetxConfig, split_options
 from .errors import PoetxError
 from .fitting import resolve
-from .optimizer import check_can_step
+from .optimizer import check_can_step, undo_raised
 from .registry import factors
 from .report import Report, build_report
 
@@ -52,11 +52,11 @@ def prepare(
     with _undisturbed(plain), torch.enable_grad():
         torch.compile(plain, backend=convert_only)(*example_inputs, **example_kwargs)
     converted = factors.of_module(plain)
-    stand_in.pack(converted)
     if not converted:
         raise PoetxError("poetx: no linear layer of this model can be converted; poetx_compile.report(model) says why")
     if optimizer is not None:
         check_can_step(optimizer, converted)
+    stand_in.pack(converted)
     return build_report(plain)
 
 
@@ -82,6 +82,7 @@ def restore(model: nn.Module) -> list[str]:
     Returns:
         The names of the restored weights.
     """
+    undo_raised()
     restored = []
     optimizers = list(live_optimizers())
     for weight in model.parameters():

@@ -33,6 +33,8 @@ _SETTINGS = ("block_size", "chunk", "scale", "residual_bits", "storage", "skew_d
 _WORDS = {"storage": STORAGES, "skew_dtype": SKEW_DTYPES, "sides": SIDES}
 _KEPT = ("residual", "stored", "scales", "turned_rows", "turned_columns")
 """What :attr:`OrthogonalFactor.kept` may hold."""
+_BASE = "poetx_base"
+"""The dtype of a base in half precision."""
 _PLACE = ("poetx_key", "poetx_epoch", "poetx_steps")
 _SHAPE = ("poetx_count", "poetx_rows", "poetx_columns")
 
@@ -141,6 +143,8 @@ def _encoded(weight: Tensor, entry: Entry, kept: dict[str, Tensor]) -> Entry:
     saved.update(poetx_live=0, poetx_dtype=_DTYPES.index(weight.dtype))
     if kept:
         saved.update({_PREFIX + name: _bytes(tensor) for name, tensor in kept.items()})
+        if "stored" in kept and kept["stored"].dtype in _DTYPES:
+            saved[_BASE] = _DTYPES.index(kept["stored"].dtype)  # the weight may have changed its own since
         saved["poetx_fingerprint"] = int(fingerprint(weight))
     return saved
 
@@ -157,8 +161,11 @@ def _decoded(factor: OrthogonalFactor, entry: Entry) -> Entry:
         return entry
     kept = None
     if held and is_fit and _is_of(factor, entry["poetx_fingerprint"]):
+        dtypes = {name: tensor.dtype for name, tensor in factor.kept.items()}
+        if _BASE in entry:
+            dtypes["stored"] = _DTYPES[entry[_BASE]]
         kept = {
-            name: held[name].to(torch.uint8).view(tensor.dtype).view(tensor.shape) for name, tensor in factor.kept.items()
+            name: held[name].to(torch.uint8).view(dtypes[name]).view(tensor.shape) for name, tensor in factor.kept.items()
         }
     elif held:
         lost = "the digits below its half-precision rounding start again at zero"

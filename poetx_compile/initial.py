@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ._torch.optimizers import live_optimizers
 from ._torch.tensors import is_fake
 from .errors import PoetxError
+from .registry import factors
 
 log = logging.getLogger(__name__)
 
@@ -21,12 +22,14 @@ _rescaled: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def untrained(weights: Iterable[tuple[nn.Parameter, str]]) -> set[int]:
-    """The identities of those weights for which no optimizer's state continues a rotation.
+    """The identities of those weights of a graph that are as their model made them: no optimizer's state continues their
+    rotation, and none of the others was rotated yet, as where a weight was frozen until now.
 
     Raises:
         PoetxError: an optimizer has trained one of the weights as an ordinary one.
     """
-    optimizers = list(live_optimizers())
+    optimizers, weights = list(live_optimizers()), list(weights)
+    has_begun = any((factor := factors.of_weight(weight)) is not None and factor.steps for weight, _ in weights)
     fresh = set()
     for weight, name in weights:
         entries = [(optimizer, entry) for optimizer in optimizers if (entry := optimizer.state.get(weight))]
@@ -39,7 +42,7 @@ def untrained(weights: Iterable[tuple[nn.Parameter, str]]) -> set[int]:
                     f"poetx: '{name}' was trained by {type(optimizer).__name__} before, and options={{'init': 'row-normalised'}} "
                     "would rescale what it learnt: the option is for pretraining from scratch; leave it out"
                 )
-        if not any("poetx_live" in entry for _, entry in entries):
+        if not has_begun and not any("poetx_live" in entry for _, entry in entries):
             fresh.add(id(weight))
     return fresh
 

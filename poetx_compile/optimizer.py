@@ -73,7 +73,7 @@ def settle() -> None:
 
     Later would be too late: gradients would have been made with other permutations.
     """
-    _abandon_raised()
+    undo_raised()
     for optimizer in list(_loaded):
         initial.refuse_late_state(optimizer)
         if not checkpoint.adopt(optimizer):
@@ -82,7 +82,7 @@ def settle() -> None:
 
 def join_running_step() -> None:
     """Let weights that were converted inside ``step(closure)`` take part in that step."""
-    _abandon_raised()
+    undo_raised()
     for optimizer in _steps.running:
         _enter(optimizer)
 
@@ -125,12 +125,19 @@ def _note_loaded(optimizer: Optimizer) -> None:
 
 def _hook(optimizer: Optimizer) -> None:
     if optimizer not in _hooked:
+        optimizer.register_state_dict_pre_hook(_before_state)
+        optimizer.register_load_state_dict_pre_hook(_before_state)
         optimizer.register_state_dict_post_hook(checkpoint.encode)
         run_first_after_step(optimizer, _after_step)  # so that the user's own hooks see weights, folded
         _hooked.add(optimizer)
 
 
-def _abandon_raised(starting: Optimizer | None = None) -> None:
+def _before_state(*_: Any) -> None:
+    """State is saved and loaded by places in groups: those of weights."""
+    undo_raised()
+
+
+def undo_raised(starting: Optimizer | None = None) -> None:
     """Undo the steps that raised: every ``W`` back in its place, no rotation waiting."""
     for optimizer in [optimizer for optimizer in _steps.running if optimizer is starting or not steps_running(optimizer)]:
         _steps.running.remove(optimizer)
@@ -145,7 +152,7 @@ def _abandon_raised(starting: Optimizer | None = None) -> None:
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if steps_running(optimizer) > 1:  # a subclass calls super().step()
         return
-    _abandon_raised(starting=optimizer)
+    undo_raised(starting=optimizer)
     if factors or optimizer in _loaded:
         _enter(optimizer)
     _steps.running.append(optimizer)

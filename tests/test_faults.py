@@ -14,7 +14,7 @@ import torch
 from helpers import Experts, factor_of, loss, network, rotating, train, values
 from torch import Tensor, nn, optim
 
-from poetx_compile import PoetxError, PoetxWarning, kernels, retraction
+from poetx_compile import PoetxError, PoetxWarning, kernels, restore, retraction
 from poetx_compile.kernels import naive
 
 exact = partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -112,30 +112,73 @@ class TestOutOfMemoryInRetraction:
         exact(values(twin), values(model))
 
 
+class Stumbling(optim.AdamW):
+    """A step that raises at its very end."""
+
+    is_bad = False
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        if self.is_bad:
+            raise ArithmeticError
+
+    def stumble(self) -> None:
+        self.is_bad = True
+        with pytest.raises(ArithmeticError):
+            self.step()
+        self.is_bad = False
+
+
 class TestStepsThatRaise:
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_the_very_first(self, dtype: torch.dtype) -> None:
         """Moments that were made in it are a rotation's, though no step ever ended."""
-
-        class Stumbling(optim.AdamW):
-            def step(self, closure: Any = None) -> None:
-                super().step(closure)
-                if stumble:
-                    raise ArithmeticError
-
-        model, stumble = network(dtype), True
+        model = network(dtype)
         optimizer = Stumbling(model.parameters(), lr=0.004)
         compiled = rotating(model)
         loss(compiled, 0, dtype).backward()
         before = rotated(model)
-        with pytest.raises(ArithmeticError):
-            optimizer.step()
-        stumble = False
+        optimizer.stumble()
         optimizer.zero_grad()
         loss(compiled, 1, dtype).backward()
         exact(rotated(model), before)
         optimizer.step()
         assert not torch.equal(rotated(model)[0], before[0])
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("period", [0, 2])
+    def test_going_back_to_a_checkpoint(self, dtype: torch.dtype, period: int) -> None:
+        runs = []
+        for stumbles in (False, True):
+            torch._dynamo.reset()
+            model = network(dtype)
+            optimizer, compiled = Stumbling(model.parameters(), lr=0.004), rotating(model, permutation_period=period)
+            train(compiled, optimizer, range(3))
+            weights, states = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            train(compiled, optimizer, range(3, 5))
+            if stumbles:
+                loss(compiled, 5, dtype).backward()
+                optimizer.stumble()
+                optimizer.zero_grad()
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(states)
+            train(compiled, optimizer, range(3, 6))
+            runs.append(rotated(model))
+        exact(*runs)
+
+    def test_restored_weights_train_on(self) -> None:
+        model = network()
+        optimizer, compiled = Stumbling(model.parameters(), lr=0.004), rotating(model)
+        train(compiled, optimizer, range(2))
+        loss(compiled, 2).backward()
+        optimizer.stumble()
+        before = values(model)
+        restore(model)
+        exact(values(model), before)
+        assert all(any(p is weight for p in optimizer.param_groups[0]["params"]) for weight in model.parameters())
+        optimizer.zero_grad()
+        train(model, optimizer, [3])
+        assert not torch.equal(values(model)[0], before[0])
 
     def test_a_hook_after_the_step(self) -> None:
         """The weights are folded by then: as after the step."""

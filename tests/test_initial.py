@@ -141,6 +141,17 @@ class TestWhatWasLearntStays:
         loss(rotating(model, **INIT), 0)
         assert all(torch.equal(now, old) for now, old in zip(values(model), before))
 
+    def test_a_weight_that_thaws_while_others_rotate(self) -> None:
+        model = network()
+        model[0].weight.requires_grad_(False)
+        compiled, optimizer = rotating(model, **INIT), AdamW(model.parameters(), lr=0.01)
+        train(compiled, optimizer, range(2))
+        before = values(model)
+        model[0].weight.requires_grad_(True)
+        loss(compiled, 2)
+        assert factor_of(model[0].weight)
+        assert all(torch.equal(now, old) for now, old in zip(values(model), before))
+
     def test_a_model_that_an_optimizer_trained_before_is_refused(self) -> None:
         model = network()
         optimizer = AdamW(model.parameters(), lr=0.01)

@@ -654,3 +654,35 @@ def _users(node: Any) -> list[Any]:
         if getattr(user.target, "is_view", False):
             found += _users(user)
     return found
+
+
+def test_a_base_of_another_half_precision_than_its_weight_resumes() -> None:
+    """``model.half()`` leaves the base in bfloat16."""
+    other = torch.float16
+    model = network(HALF)
+    run, optimizer = rotating(model, storage="bf16-lean"), optim.SGD(model.parameters(), 0.01)
+    train(run, optimizer, range(2))
+    model.to(other)
+    train(run, optimizer, range(2, 4))
+    weights, states = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    torch._dynamo.reset()
+    resumed = network(HALF).to(other)
+    restarted = optim.SGD(resumed.parameters(), 0.01)
+    resumed.load_state_dict(weights)
+    restarted.load_state_dict(states)
+    loss(rotating(resumed, storage="bf16-lean"), 4, other)
+    for now, then in zip(values(resumed), values(model)):
+        torch.testing.assert_close(now, then, rtol=2**-10, atol=2**-14)
+
+
+def test_prepare_refuses_before_any_weight_is_rounded() -> None:
+    model = network(HALF)
+    before = values(model)
+    with pytest.raises(PoetxError, match="LBFGS cannot train the rotation"):
+        poetx_compile.prepare(
+            model,
+            torch.randn(8, 22, dtype=HALF),
+            optimizer=optim.LBFGS(model.parameters()),
+            options=OPTIONS | {"storage": "int8"},
+        )
+    assert all(torch.equal(now, old) for now, old in zip(values(model), before))
