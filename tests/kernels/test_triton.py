@@ -133,7 +133,7 @@ def test_rotation_compiles_with_the_tiles_of_the_table(target: str, precision: s
 @pytest.mark.parametrize("width", (256, 512))
 @pytest.mark.parametrize("side", ("rows", "columns"))
 def test_rotation_stays_in_registers_on_hopper(precision: str, width: int, side: str, kind: int, tmp_path: Path) -> None:
-    """ptxas gives up where a tile is a little too large: 32 registers, all else in memory, and a kernel 20 times slower."""
+    """ptxas gives up where a tile is a little too large: 32 registers, all else in memory, and a kernel many times slower."""
     code = tmp_path / "kernel.cubin"
     code.write_bytes(rotation("sm90", precision, width, side, kind).asm["cubin"])
     command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(code)]
