@@ -5,16 +5,12 @@ from __future__ import annotations
 import warnings
 import weakref
 
-from torch import Tensor
-
 from ._torch.optimizers import live_optimizers
 from .errors import PoetxWarning
 from .factor import OrthogonalFactor
 from .registry import factors
 
 _unknown: weakref.WeakSet[OrthogonalFactor] = weakref.WeakSet()
-_read: weakref.WeakKeyDictionary[OrthogonalFactor, tuple[weakref.ref[Tensor], int]] = weakref.WeakKeyDictionary()
-"""The gradient that was read first, and its version, of factors that no optimizer has stepped."""
 
 
 def watch(factor: OrthogonalFactor) -> None:
@@ -25,13 +21,6 @@ def forget(factor: OrthogonalFactor) -> None:
     """The factor is stepped, or gone."""
     factor.is_covered = True
     _unknown.discard(factor)
-
-
-def look(factor: OrthogonalFactor, grad: Tensor) -> None:
-    """Check where a second gradient is read: at the first, the optimizer may not be built yet."""
-    first, version = _read.setdefault(factor, (weakref.ref(grad), grad._version))
-    if first() is not grad or version != grad._version:
-        check()
 
 
 def check() -> None:

@@ -51,7 +51,7 @@ def _read(parameter: nn.Parameter) -> Tensor | None:
         return None
     grad = factor.q.grad
     if grad is not None and not factor.is_covered:
-        coverage.look(factor, grad)
+        coverage.check()
     return grad
 
 
