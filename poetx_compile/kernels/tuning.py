@@ -75,7 +75,7 @@ _R = RotateTiles
 _EXACT = (_R(32, 32, 4, 2), _R(32, 32, 4, 2), _R(32, 32, 4, 1), _R(32, 16, 4, 1))
 
 TABLES: dict[str, dict[str, Tiles]] = {
-    "sm80": _table(  # not measured: within its shared memory and its registers
+    "sm80": _table(  # not measured: within its shared memory, and by Triton 3.6 within its registers
         (_SQUARE, _SQUARE, _SQUARE),
         rows_ieee=(_R(32, 32, 4, 2), _R(32, 32, 4, 2), _R(32, 32, 4, 1), _R(16, 16, 4, 1)),
         columns_ieee=(_R(32, 32, 4, 2), _R(32, 32, 4, 2), _R(32, 32, 4, 1), _R(32, 16, 4, 1)),
