@@ -61,10 +61,11 @@ class Training:
         case = self._case
         settings: dict[str, Any] = {"backend": case.inner, "dynamic": False}
         if case.method == "poetx":
-            settings |= {"backend": "poetx", "options": {"block_size": case.block, "inner": case.inner}}
+            options = {"block_size": case.block, "skew_dtype": case.skew_dtype, "inner": case.inner}
+            settings |= {"backend": "poetx", "options": options}
             if case.ranks > 1:
                 one = self._ids[:1]  # prepare runs the model without a compiler, which takes more memory than a step
-                poetx_compile.prepare(self.model, input_ids=one, labels=one, use_cache=False, options=settings["options"])
+                poetx_compile.prepare(self.model, input_ids=one, labels=one, use_cache=False, options=options)
         if case.method == "fsdp2" and case.ranks > 1:
             from torch.distributed.fsdp import fully_shard
 

@@ -137,10 +137,10 @@ def _rotate_kernel(
     distances += gl.program_id(2) * 6
     weight += _distance(distances, 0, 8)
     residual += _distance(distances, 1, 16)
-    rows += _distance(distances, 2, 8) + gl.program_id(0).to(gl.int64) * (M * M)
-    row_channels += _distance(distances, 3, 2) + gl.program_id(0) * M
-    columns += _distance(distances, 4, 8) + gl.program_id(1).to(gl.int64) * (N * N)
-    column_channels += _distance(distances, 5, 2) + gl.program_id(1) * N
+    rows += _distance(distances, 2, 8) + gl.program_id(1).to(gl.int64) * (M * M)
+    row_channels += _distance(distances, 3, 2) + gl.program_id(1) * M
+    columns += _distance(distances, 4, 8) + gl.program_id(0).to(gl.int64) * (N * N)
+    column_channels += _distance(distances, 5, 2) + gl.program_id(0) * N
 
     tile = gl.allocate_shared_memory(gl.float16, [M, N], SHARED)
     rest = gl.allocate_shared_memory(gl.int8, [M, N], SHARED_BYTES)
@@ -256,7 +256,8 @@ def rotate_(operands: Sequence[Operands], run: int, distances: Tensor) -> None:
     weight, _, rows, _, columns, _ = first
     (row_blocks, m, _), (column_blocks, n, _) = rows.shape, columns.shape
     warps = m // 16
-    _rotate_kernel[(row_blocks, column_blocks, len(operands))](
+    grid = column_blocks, row_blocks, len(operands)  # in this order, whole rows of a weight are read and written together
+    _rotate_kernel[grid](
         distances,
         *first,
         weight.shape[1],

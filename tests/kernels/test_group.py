@@ -46,7 +46,8 @@ def test_a_correction_squares_the_distance_from_the_orthogonal_matrices(error: f
 @pytest.mark.parametrize("from_left", [True, False])
 @pytest.mark.parametrize(("blocks", "width"), [(1, 256), (5, 256), (3, 128), (2, 512), (7, 24), (4, 8)])
 def test_composing_on_a_gpu(blocks: int, width: int, from_left: bool, precision: str) -> None:
-    skews = (normal(blocks * width * (width - 1) // 2, seed=seed, device="cuda") for seed in (0, 1))
+    count = blocks * width * (width - 1) // 2
+    skews = (normal(count, seed=seed, dtype=torch.float32, device="cuda") for seed in (0, 1))
     e, step = (cayley_neumann(skew, width, size, precision) for skew, size in zip(skews, (0.3 / width**0.5, 1e-2)))
     e = unscaled(e).contiguous()
     near, by = (torch.eye(width, device="cuda", dtype=torch.float64) + unscaled(some).double() for some in (e, step))
