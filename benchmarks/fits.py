@@ -34,6 +34,7 @@ METHODS = (
     "poetx",
     "poetx:checkpointing=True",
     "poetx:checkpointing=True:skew_dtype=bfloat16",
+    "poetx:storage=bf16-lean:checkpointing=True",
     "poetx:storage=int8:checkpointing=True",
 )
 CARDS = (24, 48, 80)
