@@ -64,6 +64,8 @@ def tag(factor: OrthogonalFactor, entry: Entry, moments: int) -> None:
     """
     if not entry:
         return  # an optimizer takes an empty entry for a first step
+    for name in [name for name in entry if name.startswith(_CODE)]:
+        del entry[name]  # of a dtype that the weight had before
     entry.update(_facts(factor), poetx_moments=moments, poetx_live=1)
     entry.update({_PREFIX + name: tensor for name, tensor in factor.kept.items()})
     weight, tensors = factor.weight, [(name, value) for name, value in entry.items() if isinstance(value, Tensor)]
@@ -87,11 +89,21 @@ def encode(optimizer: Optimizer, state_dict: Entry) -> Entry:
             factor = factors.of_weight(parameter) or factors.of_skew(parameter)
             entry = entries.get(index, {})
             if factor is not None and (entry.get("poetx_live") == 1 or (not entry and factor.steps)):
+                factor.follow_weight()
                 factor.check_residual()
                 entries[index] = _encoded(factor.weight, entry | _facts(factor), factor.kept)
             elif factor is None and entry.get("poetx_live") == 1:  # a deep copy whose model did not run yet
                 entries[index] = _encoded(parameter, entry, _kept(entry))
     return state_dict
+
+
+def start_again(optimizer: Optimizer) -> None:
+    """``load_state_dict`` post-hook: where a checkpoint from before the first step was loaded, count from there."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            factor = factors.of_weight(parameter) or factors.of_skew(parameter)
+            if factor is not None and factor.steps and not optimizer.state.get(parameter):
+                factor.start_again()
 
 
 def adopt(optimizer: Optimizer) -> bool:
@@ -135,6 +147,7 @@ def _kept(entry: Entry) -> dict[str, Tensor]:
 
 
 def _encoded(weight: Tensor, entry: Entry, kept: dict[str, Tensor]) -> Entry:
+    entry = {name: value for name, value in entry.items() if not name.startswith(_CODE)}
     saved = {name: value for name, value in entry.items() if not torch.is_tensor(value) or not name.startswith(_PREFIX)}
     for name, value in list(saved.items()):
         if _must_be_bytes(name, value, weight):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ._torch.compilers import inductor_modes, inductor_option_names, inductor_option_type
-from .errors import PoetxError
+from .errors import PoetxError, PoetxWarning
 from .layout import automatic_chunk
 
 ROUTES = ("auto", "gram", "dense")
@@ -184,6 +185,13 @@ class PoetxConfig:
             )
         if self.permutation_period < 0:
             raise PoetxError(f"poetx: option 'permutation_period' must be 0 or more, not {self.permutation_period}")
+        if self.permutation_period and chunk == self.block_size:
+            warnings.warn(
+                f"poetx: new permutations move {chunk} channels together, which are whole blocks of block_size={self.block_size}: "
+                "where these divide a dimension, no channel meets another block. Pass a smaller chunk",
+                PoetxWarning,
+                stacklevel=2,
+            )
 
 
 def split_options(options: Mapping[str, Any] | None, mode: str | None) -> tuple[PoetxConfig, dict[str, Any]]:

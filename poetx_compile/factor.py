@@ -281,8 +281,15 @@ class OrthogonalFactor:
                 self.residual.copy_(kept["residual"])
         self._seen = self.weight._version
 
+    def start_again(self) -> None:
+        """Count steps and draws of permutations as at conversion."""
+        if self.epoch:
+            self._settle()
+        self.key, self.epoch, self.steps = permutation_key(self.config.seed, self.name), 0, 0
+        self.draw()
+
     def follow_weight(self) -> None:
-        """Move with a weight that changed its device or dtype, as ``model.to(...)`` does.
+        """Move with a weight that changed its device or dtype, and with a gradient that did, as ``model.to(...)`` does.
 
         Raises:
             PoetxError: the weight has another shape than at conversion.
@@ -296,6 +303,9 @@ class OrthogonalFactor:
                 f"{' x '.join(map(str, shape))}; call poetx_compile.restore(model) before changing a weight's shape"
             )
         if device == self.q.device and dtype == self._dtype:
+            grad = self.q.grad
+            if grad is not None and (grad.dtype, grad.device) != (self.q.dtype, device):  # torch moves W.grad by its data
+                self.q.grad = grad.to(device, self.q.dtype)
             return
         skew_dtype = self._skew_dtype(dtype)
         grad, self.q.grad = self.q.grad, None

@@ -119,9 +119,16 @@ def plan(
         ids = torch.zeros(batch, seq, dtype=torch.int64)
         return model(input_ids=ids, labels=ids).loss
 
-    vocabulary = config.get_text_config().vocab_size
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if vocabulary is None:
+        raise PoetxError(f"poetx: plan knows causal language models only, and {config.model_type} has no vocabulary")
     stepper = Stepper(is_fused=fused)
-    traced = trace(build, loss, settings, vocabulary)
+    try:
+        traced = trace(build, loss, settings, vocabulary)
+    except PoetxError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise PoetxError(f"poetx: a model of this configuration does not run: {_in_a_line(error)}") from error
     if dtype == torch.float32:
         choices = [Choice("poetx", estimate(traced, stepper=stepper))]
     elif settings.storage == "folded":
@@ -152,12 +159,12 @@ def read_config(text: str) -> Any:
         PoetxError: there is no such file, or a field that a shorthand does not know.
     """
     try:
-        from transformers import AutoConfig
+        import transformers  # noqa: F401
     except ImportError as error:
         raise PoetxError("poetx: plan builds models of transformers; install it first") from error
     kind, _, fields = text.partition(":")
     if kind == "llama" and fields:
-        return AutoConfig.for_model("llama", **_shorthand(fields))
+        return _configured(text, {"model_type": "llama"} | _shorthand(fields))
     path = Path(text)
     if path.is_dir():
         path = path / "config.json"
@@ -168,9 +175,23 @@ def read_config(text: str) -> Any:
         )
     try:
         settings = json.loads(path.read_text())
-        return AutoConfig.for_model(settings.pop("model_type"), **settings)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise PoetxError(f"poetx: {path} is not a configuration of transformers: {error!r}") from error
+    return _configured(str(path), settings)
+
+
+def _configured(source: str, settings: Any) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        settings = dict(settings)
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except Exception as error:  # each configuration class checks in its own way
+        raise PoetxError(f"poetx: {source} is not a configuration of transformers: {_in_a_line(error)}") from error
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def _shorthand(fields: str) -> dict[str, int]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import coverage
 from ._torch.compilers import is_tracing
-from ._torch.parameters import own_grad, replace_grad_attribute, set_own_grad
+from ._torch.parameters import hide_from_fakes, own_grad, replace_grad_attribute, set_own_grad
 from .factor import OrthogonalFactor
 from .registry import factors
 
@@ -41,6 +41,7 @@ def detach(factor: OrthogonalFactor) -> None:
 @functools.cache
 def _install() -> None:
     replace_grad_attribute(_read, _write)
+    hide_from_fakes(lambda tensor: factors.of_weight(tensor) is not None)
 
 
 def _read(parameter: nn.Parameter) -> Tensor | None:

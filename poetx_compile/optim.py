@@ -127,10 +127,12 @@ class SkewMuon(AdamW):
     def _check_rotations(self, turned: Turned) -> None:
         held = (parameter for group in self.param_groups for parameter in group["params"])
         if not turned and not any(factors.of_skew(parameter) for parameter in held):
-            raise PoetxError(
-                "poetx: SkewMuon trains rotations, and none of its parameters is one: run torch.compile(model, backend='poetx') "
-                "before its first step, and give it model.parameters()"
+            why = (
+                "no weight that it holds was converted; poetx_compile.report(model) says why, and which were"
+                if factors
+                else "run torch.compile(model, backend='poetx') before its first step, and give it model.parameters()"
             )
+            raise PoetxError(f"poetx: SkewMuon trains rotations, and none of its parameters is one: {why}")
         for factor, group, _ in turned:
             entry = self.state.get(factor.q, {})
             is_foreign = bool(entry) and "momentum_buffer" not in entry

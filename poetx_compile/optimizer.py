@@ -128,6 +128,7 @@ def _hook(optimizer: Optimizer) -> None:
         optimizer.register_state_dict_pre_hook(_before_state)
         optimizer.register_load_state_dict_pre_hook(_before_state)
         optimizer.register_state_dict_post_hook(checkpoint.encode)
+        optimizer.register_load_state_dict_post_hook(checkpoint.start_again)
         run_first_after_step(optimizer, _after_step)  # so that the user's own hooks see weights, folded
         _hooked.add(optimizer)
 

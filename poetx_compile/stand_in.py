@@ -63,6 +63,9 @@ class StandIn(nn.Parameter):
             return _raw(func, *args, **kwargs)
         if name == "data":
             return _read_data(args[0]) if kind == "__get__" else _write_data(*args)
+        if getattr(func, "__module__", None) == torch.nn.init.__name__:  # some hand themselves over before their own no_grad
+            with torch.no_grad():
+                return _call(func, name, args, kwargs)
         product = _PRODUCTS.get(func)
         if product is not None and kwargs.keys() <= {"weight", "bias"}:
             result = product(*args, **kwargs)

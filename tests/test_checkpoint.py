@@ -292,6 +292,30 @@ class TestResume:
         resumed = Run().load(run.save()).compile().train(0, 3)
         exact(values(resumed.model), values(run.train(0, 3).model))
 
+    @pytest.mark.parametrize("storage", ["folded", "bf16-lean"])
+    def test_going_back_to_before_the_first_step(self, storage: str) -> None:
+        run = Run(dtype=torch.bfloat16, permutation_period=3, storage=storage).compile()
+        run.forward()
+        file = run.save()
+        first = values(run.train(0, LAST).model)
+        exact(values(run.load(file).train(0, LAST).model), first)
+
+    @pytest.mark.parametrize("kind", ["AdamW", "SGD, momentum"])
+    @pytest.mark.parametrize("steps", [0, 2])
+    @pytest.mark.parametrize(("saved", "now"), [("bf16", "fp32"), ("fp16", "bf16")])
+    def test_after_the_model_took_another_dtype(self, saved: str, now: str, steps: int, kind: str) -> None:
+        def new(dtype: str) -> Run:
+            run = Run(dtype=DTYPES[dtype])
+            run.optimizer = OPTIMIZERS[kind](
+                [run.model[0].weight]
+            )  # torch's moments of other parameters stay what they were
+            return run.compile()
+
+        run = new(saved).train(0, 3)
+        run.model.to(DTYPES[now])
+        resumed = new(now).load(run.train(3, 3 + steps).save())
+        exact(values(resumed.train(3 + steps, LAST).model), values(run.train(3 + steps, LAST).model))
+
     def test_with_a_weight_that_had_no_gradient_yet(self) -> None:
         run = Run(permutation_period=2).compile()
         for step in range(3):

@@ -15,7 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from poetx_compile import PoetxConfig
 from poetx_compile.config import HEADS, INNER, ROUTES, split_options
-from poetx_compile.errors import PoetxError
+from poetx_compile.errors import PoetxError, PoetxWarning
 
 WRONG = [
     ("block_size", 256.0, "'block_size' must be int, not 256.0"),
@@ -214,3 +214,11 @@ def test_torch_compile_passes_options_and_mode_on() -> None:
     torch._dynamo.reset()
     with pytest.raises(BackendCompilerFailed, match=r"PoetxError: .*unknown mode 'fastest'"):
         torch.compile(nn.Linear(2, 2), backend="poetx", mode="fastest")(torch.ones(2))
+
+
+@pytest.mark.parametrize(("block_size", "chunk"), [(16, 0), (32, 0), (64, 64)])
+def test_permutations_that_mix_nothing_are_told(block_size: int, chunk: int) -> None:
+    with pytest.warns(PoetxWarning, match=f"which are whole blocks of block_size={block_size}: .* Pass a smaller chunk"):
+        PoetxConfig(block_size=block_size, chunk=chunk, permutation_period=5)
+    PoetxConfig(block_size=block_size, chunk=chunk)
+    PoetxConfig(block_size=block_size, chunk=8, permutation_period=5)

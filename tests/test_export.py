@@ -89,6 +89,17 @@ def test_exported_program(trained: nn.Module, tmp_path: Path) -> None:
     exact(read(tmp_path / "out.pt"), trained(x).detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("storage", ["folded", "int8"])
+def test_exported_while_gradients_are_there(storage: str, dtype: torch.dtype) -> None:
+    model, x = network(dtype), X.to(dtype)
+    compiled = rotating(model, storage=storage)
+    compiled(x).sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    exact(torch.export.export(model, (x,)).module()(x), model(x))
+    assert all(parameter.grad is gradient for parameter, gradient in zip(model.parameters(), gradients))
+
+
 def test_onnx(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")

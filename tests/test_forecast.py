@@ -123,6 +123,27 @@ def test_a_wrong_file_is_refused(tmp_path: Path, text: str) -> None:
         forecast.read_config(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        ("llama:hidden=63,heads=4", "is not a configuration of transformers: .* not a multiple"),
+        (
+            "llama:hidden=64,heads=4,kv_heads=3,intermediate=64,layers=1,vocab=50",
+            "a model of this configuration does not run",
+        ),
+    ],
+)
+def test_a_model_that_cannot_run_is_refused(model: str, sentence: str) -> None:
+    with pytest.raises(PoetxError, match=sentence):
+        printed(model=model, seq=16)
+
+
+def test_a_model_without_words_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(PoetxError, match="plan knows causal language models only, and vit has no vocabulary"):
+        printed(model=str(tmp_path))
+
+
 @pytest.mark.parametrize(("seq", "batch"), [(0, 1), (32, 0)])
 def test_no_tokens_are_refused(seq: int, batch: int) -> None:
     with pytest.raises(PoetxError, match="must be 1 or more"):

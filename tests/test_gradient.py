@@ -165,3 +165,20 @@ def test_it_is_float32_for_half_precision_weights(dtype: torch.dtype) -> None:
         assert model[0].weight.grad.dtype == torch.float32
         assert model[0].bias.grad.dtype == dtype
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("storage", ["folded", "int8"])
+def test_it_outlives_a_move_to_the_dtype_that_the_model_has(storage: str) -> None:
+    """torch moves a gradient by writing its ``.data``, and that of a rotation is float32."""
+    model = network(torch.bfloat16)
+    compiled = rotating(model, storage=storage)
+    loss(compiled, 0, torch.bfloat16).backward()
+    q = factor_of(model[0].weight).q
+    expected = q.grad.bfloat16().float()
+    model.to(torch.bfloat16)
+    torch._dynamo.reset()  # the next forward compiles, and copies gradients
+    result = loss(compiled, 1, torch.bfloat16)
+    assert torch.equal(q.grad, expected)
+    result.backward()
+    assert not torch.equal(q.grad, expected)
+    assert q.grad.dtype == torch.float32

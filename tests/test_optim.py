@@ -371,6 +371,16 @@ class TestRefusals:
             optimizer.step()
         exact(values(model), before)
 
+    def test_a_model_whose_rotations_another_optimizer_holds(self) -> None:
+        model = network()
+        compiled = rotating(model)
+        optimizer = SkewMuon([model[0].bias])
+        loss(compiled, 0).backward()
+        with pytest.raises(
+            PoetxError, match=r"no weight that it holds was converted; poetx_compile.report\(model\) says why"
+        ):
+            optimizer.step()
+
     @pytest.mark.parametrize(
         "setting", [{}, {"foreach": True}, {"foreach": False}, {"fused": False}, {"fused": True}], ids=str
     )

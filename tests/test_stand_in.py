@@ -291,6 +291,20 @@ def test_writing_to_it_while_gradients_are_on_is_refused_as_for_any_leaf(layer: 
     assert torch.equal(dense(layer), before)
 
 
+@of_storages
+@pytest.mark.parametrize(
+    "write", [nn.init.ones_, nn.init.normal_, nn.init.kaiming_uniform_], ids=lambda write: write.__name__
+)
+def test_initialisers_write_to_it_while_gradients_are_on(storage: str, write: Callable[[Any], Any]) -> None:
+    layer, _ = packed(storage)
+    before = dense(layer)
+    torch.manual_seed(5)
+    write(layer.weight)
+    assert type(layer.weight) is StandIn
+    assert layer.weight.requires_grad
+    assert not torch.equal(dense(layer), before)
+
+
 def test_writing_numbers_that_int8_cannot_keep_is_refused() -> None:
     layer, _ = packed("int8")
     before = dense(layer)

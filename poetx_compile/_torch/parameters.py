@@ -33,6 +33,22 @@ def replace_grad_attribute(
     nn.Parameter.grad = property(read, write, lambda parameter: write(parameter, None))  # type: ignore[assignment]
 
 
+def hide_from_fakes(is_other: Callable[[Tensor], bool]) -> None:
+    """Let fake copies of some tensors have no gradient: those whose ``.grad`` is of another shape or dtype.
+
+    ``torch.export`` makes fake copies of parameters where no compiler is tracing yet.
+    """
+    from torch._subclasses import meta_utils
+
+    gradient = meta_utils.safe_grad
+
+    @functools.wraps(gradient)
+    def hiding(tensor: Any) -> Any:
+        return None if is_other(tensor) else gradient(tensor)
+
+    meta_utils.safe_grad = hiding  # type: ignore[assignment]
+
+
 def trace_as_parameter(kind: type[nn.Parameter]) -> None:
     """Let Dynamo take a subclass of ``nn.Parameter`` for a plain one where it traces for a backend that ``takes_stand_ins``.
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from poetx_compile._torch.parameters import (
     gradient_hooks,
+    hide_from_fakes,
     modules_with,
     notice_changed,
     own_grad,
@@ -34,6 +35,19 @@ def original_grad() -> Iterator[None]:
         nn.Parameter.grad = before
     elif "grad" in vars(nn.Parameter):
         del nn.Parameter.grad
+
+
+def test_a_fake_copy_has_no_gradient_where_it_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._subclasses import FakeTensorMode, meta_utils
+
+    monkeypatch.setattr(meta_utils, "safe_grad", meta_utils.safe_grad)
+    shown, hidden = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    (shown + hidden).sum().backward()
+    hide_from_fakes(lambda tensor: tensor is hidden)
+    mode = FakeTensorMode()
+    assert mode.from_tensor(shown).grad.shape == (2,)
+    assert mode.from_tensor(hidden).grad is None
+    assert hidden.grad is not None
 
 
 @pytest.mark.usefixtures("original_grad")

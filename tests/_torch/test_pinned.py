@@ -56,6 +56,7 @@ PINNED = {
     "parameters": [
         "_is_for_us",
         "gradient_hooks",
+        "hide_from_fakes",
         "modules_with",
         "notice_changed",
         "own_grad",
