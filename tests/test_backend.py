@@ -748,7 +748,7 @@ def test_a_thousand_steps_keep_the_singular_values(dtype: torch.dtype, tolerance
     weights = [model[0].weight, model[2].weight]
     before = [torch.linalg.svdvals(exact_weight(weight)) for weight in weights]
     start = [weight.detach().clone() for weight in weights]
-    compiled = rotating(model, permutation_period=100)
+    compiled = rotating(model, chunk=4, permutation_period=100)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for step in range(1000):
         x = torch.randn(8, 24, generator=torch.Generator().manual_seed(step)).to(dtype)

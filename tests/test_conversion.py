@@ -43,6 +43,7 @@ class TestAdopt:
         ("field", "other"),
         [("block_size", 32), ("chunk", 4), ("scale", 0.5), ("seed", 1), ("permutation_period", 7), ("include_conv", True)],
     )
+    @pytest.mark.filterwarnings("ignore:poetx. new permutations")
     def test_other_settings_are_refused(self, weight: nn.Parameter, field: str, other: float) -> None:
         conversion.adopt(weight, "fc.weight", CONFIG)
         with pytest.raises(PoetxError, match=f"'fc.weight' was converted with {field}=.* now compiled with {field}={other}"):

@@ -171,6 +171,7 @@ def test_it_is_float32_for_half_precision_weights(dtype: torch.dtype) -> None:
 def test_it_outlives_a_move_to_the_dtype_that_the_model_has(storage: str) -> None:
     """torch moves a gradient by writing its ``.data``, and that of a rotation is float32."""
     model = network(torch.bfloat16)
+    optimizer = optim.SGD(model.parameters())
     compiled = rotating(model, storage=storage)
     loss(compiled, 0, torch.bfloat16).backward()
     q = factor_of(model[0].weight).q
@@ -182,3 +183,4 @@ def test_it_outlives_a_move_to_the_dtype_that_the_model_has(storage: str) -> Non
     result.backward()
     assert not torch.equal(q.grad, expected)
     assert q.grad.dtype == torch.float32
+    optimizer.zero_grad()

@@ -44,16 +44,18 @@ def saved(model: nn.Module) -> set[torch.dtype]:
 
 def test_code_for_a_model_with_its_loss_has_no_float32_logits(model: nn.Module) -> None:
     compiled = torch.compile(model, backend="poetx", dynamic=False)
-    torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters())
     _, codes = run_and_get_code(train, compiled)
     buffers = re.findall(rf"empty_strided\w*\(\(([\d, ]*), {VOCABULARY}\).*?(torch\.\w+)\)", "\n".join(codes))
     assert {dtype for _, dtype in buffers} == {"torch.bfloat16"}
+    optimizer.zero_grad()
 
 
 def test_layers_compiled_one_by_one_leave_the_loss_as_it_is_written(model: nn.Module) -> None:
     for layer in model.model.layers:
         layer.compile(backend="poetx", dynamic=False)
-    torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters())
     assert torch.float32 in saved(model)
     model.loss_function = torch.compile(model.loss_function, dynamic=False)
     assert saved(model) == {torch.bfloat16}
+    optimizer.zero_grad()

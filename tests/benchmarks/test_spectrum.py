@@ -45,7 +45,7 @@ def test_a_lean_weight_is_rounded_once_for_each_base(spectrum: ModuleType, tmp_p
         "--shape",
         "48x32",
         "--block",
-        "32",
+        "24",
         "--steps",
         "30",
         "--dtypes",
