@@ -742,13 +742,14 @@ def test_copies_train_on_their_own(copied: str) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.filterwarnings("ignore:poetx. new permutations")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-4)])
 def test_a_thousand_steps_keep_the_singular_values(dtype: torch.dtype, tolerance: float) -> None:
     model = nn.Sequential(nn.Linear(24, 48), nn.Tanh(), nn.Linear(48, 17)).to(dtype)
     weights = [model[0].weight, model[2].weight]
     before = [torch.linalg.svdvals(exact_weight(weight)) for weight in weights]
     start = [weight.detach().clone() for weight in weights]
-    compiled = rotating(model, chunk=4, permutation_period=100)
+    compiled = rotating(model, permutation_period=100)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for step in range(1000):
         x = torch.randn(8, 24, generator=torch.Generator().manual_seed(step)).to(dtype)
