@@ -64,8 +64,6 @@ def tag(factor: OrthogonalFactor, entry: Entry, moments: int) -> None:
     """
     if not entry:
         return  # an optimizer takes an empty entry for a first step
-    for name in [name for name in entry if name.startswith(_CODE)]:
-        del entry[name]  # of a dtype that the weight had before
     entry.update(_facts(factor), poetx_moments=moments, poetx_live=1)
     entry.update({_PREFIX + name: tensor for name, tensor in factor.kept.items()})
     weight, tensors = factor.weight, [(name, value) for name, value in entry.items() if isinstance(value, Tensor)]
@@ -147,7 +145,7 @@ def _kept(entry: Entry) -> dict[str, Tensor]:
 
 
 def _encoded(weight: Tensor, entry: Entry, kept: dict[str, Tensor]) -> Entry:
-    entry = {name: value for name, value in entry.items() if not name.startswith(_CODE)}
+    entry = {name: value for name, value in entry.items() if not name.startswith(_CODE)}  # of a dtype that the weight had
     saved = {name: value for name, value in entry.items() if not torch.is_tensor(value) or not name.startswith(_PREFIX)}
     for name, value in list(saved.items()):
         if _must_be_bytes(name, value, weight):
