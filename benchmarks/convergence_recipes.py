@@ -45,9 +45,12 @@ COMMON: Mapping[str, Any] = {
     "clip": 1.0,
 }
 """Settings that every method takes. ``std`` is that of the initial weights, 0 for ``hidden ** -0.5``, and
-``gain`` multiplies those of the layers' matrices. With ``spectrum="flat"`` these are semi-orthogonal, of the same norm. ``gains``
+``gain`` multiplies those of the layers' matrices. ``spectrum`` sets the shape of their singular values, at the same norm. ``gains``
 are trained factors of the outputs of each layer's linears: one for each output (``rows``), one for all (``layer``) or ``none``.
 ``floor`` is the last learning rate over the highest."""
+
+SPECTRA = {"random": None, "flat": 0.0, "linear": 1.0, "square": 2.0, "cube": 3.0}
+"""The power with which singular values fall along their order, from the largest to nothing; ``random`` leaves them as drawn."""
 
 ADAMW: Mapping[str, Any] = {"beta2": 0.999, "weight_decay": 0.01}
 """Settings of methods of which AdamW is a part, for whatever it trains."""
@@ -106,7 +109,7 @@ class Recipe:
             split_options(recipe.others, mode=None)
         except PoetxError as error:
             raise ValueError(f"{text!r}: {error}") from error
-        for option, values in (("dtype", DTYPES), ("spectrum", ("random", "flat")), ("gains", ("none", "rows", "layer"))):
+        for option, values in (("dtype", DTYPES), ("spectrum", SPECTRA), ("gains", ("none", "rows", "layer"))):
             if recipe[option] not in values:
                 raise ValueError(f"{text!r}: {option} is one of {', '.join(values)}, not {recipe[option]!r}")
         if not recipe["lr"] > 0:
@@ -192,11 +195,13 @@ class Method:
 
 @torch.no_grad()
 def reshape(matrix: nn.Parameter, gain: float, spectrum: str) -> None:
-    """Multiply a matrix by ``gain``; with a ``flat`` spectrum, make its singular values equal and keep its norm."""
-    if spectrum == "flat":
-        norm = torch.linalg.vector_norm(matrix)
-        nn.init.orthogonal_(matrix)
-        matrix *= norm / torch.linalg.vector_norm(matrix)
+    """Multiply a matrix by ``gain``; give it singular values of the shape of ``spectrum``, at the same norm."""
+    power = SPECTRA[spectrum]
+    if power is not None:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        places = torch.arange(len(values), device=matrix.device) + 0.5
+        wanted = (1 - places / len(values)) ** power
+        matrix.copy_((left * (wanted * values.norm() / wanted.norm())) @ right)
     matrix *= gain
 
 

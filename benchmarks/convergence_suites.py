@@ -17,6 +17,11 @@ def over(spec: str, option: str, *values: object) -> tuple[str, ...]:
     return tuple(f"{spec}:{option}={value}" for value in values)
 
 
+WIDE = "poetx-muon:lr=1.6e-2:scale=0.566:adjust=original:init=row-normalised"
+"""SkewMuon with an angle for each step that is the same for blocks of every width."""
+
+FREE = "poetx-muon:lr=1.6e-2:scale=0.125:init=row-normalised:block_size=512:dtype=autocast"
+
 SUITES = {
     "core": Suite(
         "Rotations against ordinary training, at the rates that are our defaults or nearest to them",
@@ -71,8 +76,10 @@ SUITES = {
         "What AdamW and Muon make of a rate of their own for the matrices of the layers",
         (
             *over("adamw:dtype=autocast:beta2=0.95:lr=8e-3", "ratio", 0.25, 0.125),
+            "adamw:dtype=autocast:beta2=0.95:lr=1.6e-2:ratio=0.125",
             "adamw:dtype=autocast:beta2=0.95:lr=3e-3",
-            *over("muon:dtype=autocast:lr=1.6e-2", "ratio", 0.5, 0.25),
+            *over("muon:dtype=autocast:lr=1.6e-2", "ratio", 0.5, 0.25, 1),
+            "muon:dtype=autocast:lr=1.6e-2:ratio=0.5:beta2=0.95",
         ),
     ),
     "official": Suite("The authors' code", ("official:lr=1e-3", "official:lr=2e-3:ratio=2")),
@@ -94,7 +101,10 @@ SUITES = {
             *over("poetx-muon:lr=4e-3", "block_size", 128, 512, 256),
             *over("poetx-muon:lr=1.6e-2:init=row-normalised:block_size=512", "scale", 0.125, 0.0884, 0.18),
             *over("poetx-muon:lr=1.6e-2:init=row-normalised", "scale", 0.25, 0.177, 0.125),
-            "poetx:beta2=0.95:lr=1.6e-2:scale=0.0625:block_size=512",
+            f"{WIDE}:block_size=1280",
+            f"{WIDE}:beta2=0.95:block_size=1280",
+            "poetx:beta2=0.95:lr=1.6e-2:scale=0.125",
+            *over("poetx:beta2=0.95:lr=1.6e-2:scale=0.0625:block_size=512", "init", "row-normalised", "keep"),
         ),
     ),
     "precision": Suite(
@@ -122,13 +132,16 @@ SUITES = {
         ),
     ),
     "spectrum": Suite(
-        "What a fixed spectrum costs: equal singular values, and trained factors of each layer's outputs",
+        "What a fixed spectrum costs: singular values of other shapes, and trained factors of each layer's outputs",
         (
+            *over("poetx-muon:lr=1.6e-2:scale=0.125:block_size=512", "spectrum", "linear", "square"),
+            *over("poetx-muon:lr=1.6e-2:scale=0.125:block_size=512:init=row-normalised", "dtype", "bf16"),
+            *over(f"{WIDE}:beta2=0.95:block_size=1280", "gains", "rows", "none"),
             *over("poetx-muon:lr=1.6e-2:scale=0.25", "spectrum", "flat", "random"),
             *over("poetx-muon:lr=1.6e-2:scale=0.25:init=row-normalised", "gains", "rows", "layer", "none"),
             "poetx-muon:lr=1.6e-2:scale=0.25:spectrum=flat:gains=rows",
             "poetx-muon:lr=1.6e-2:scale=0.35:init=row-normalised:gains=rows",
-            "poetx-muon:lr=1.6e-2:scale=0.125:init=row-normalised:gains=rows:block_size=512:dtype=autocast",
+            f"{FREE}:gains=rows",
             *over("poetx:lr=1.6e-2:scale=0.125:beta2=0.95", "spectrum", "flat", "random"),
             *over("muon:dtype=autocast:lr=1.6e-2:ratio=0.5", "spectrum", "flat", "random"),
         ),
@@ -151,5 +164,23 @@ SUITES = {
         ),
     ),
     "sides": Suite("One side alone", (*over("poetx:lr=2e-3", "sides", "rows", "columns"), "poetx:lr=2e-3")),
-    "decay": Suite("The last learning rate", over("poetx:lr=2e-3", "floor", 0.1, 0.0)),
+    "decay": Suite(
+        "The last learning rate",
+        (
+            *over("poetx:lr=2e-3", "floor", 0.1, 0.0),
+            *over(f"{FREE}:gains=rows", "floor", 0.1, 0.0),
+            f"{FREE}:gains=rows:beta2=0.95",
+        ),
+    ),
+    "final": Suite(
+        "The best of each method",
+        (
+            *over(f"{WIDE}:beta2=0.95:gains=rows", "block_size", 1280, 2048),
+            *over(f"{WIDE}:beta2=0.95", "block_size", 1280, 2048),
+            "muon:dtype=autocast:lr=1.6e-2:ratio=0.5:beta2=0.95",
+            "adamw:dtype=autocast:beta2=0.95:lr=1.6e-2:ratio=0.125",
+            "adamw:dtype=autocast:beta2=0.95:lr=8e-3:ratio=0.25",
+            "poetx:beta2=0.95:lr=1.6e-2:scale=0.0625:block_size=512:init=row-normalised",
+        ),
+    ),
 }

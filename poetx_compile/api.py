@@ -16,7 +16,7 @@ from .backend import Compiled, convert
 from .config import PoetxConfig, split_options
 from .errors import PoetxError
 from .fitting import resolve
-from .optimizer import check_can_step, undo_raised
+from .optimizer import check_state, undo_raised
 from .registry import factors
 from .report import Report, build_report
 
@@ -40,22 +40,32 @@ def prepare(
         options: as given to ``torch.compile``, or a :class:`PoetxConfig`.
 
     Raises:
-        PoetxError: nothing to convert, or an optimizer that cannot train what was converted.
+        PoetxError: nothing to convert, an option that cannot be, or an optimizer that cannot train what would be converted.
     """
     config = options if isinstance(options, PoetxConfig) else split_options(options, None)[0]
+    refusals: list[PoetxError] = []
 
     def convert_only(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
-        convert(gm, inputs, resolve(gm, inputs, config))
+        try:
+            convert(gm, inputs, resolve(gm, inputs, config), optimizer)
+        except PoetxError as refusal:
+            refusals.append(refusal)
+            raise
         return gm.forward
 
     plain = getattr(model, "_orig_mod", model)
-    with _undisturbed(plain), torch.enable_grad():
-        torch.compile(plain, backend=convert_only)(*example_inputs, **example_kwargs)
+    try:
+        with _undisturbed(plain), torch.enable_grad():
+            torch.compile(plain, backend=convert_only)(*example_inputs, **example_kwargs)
+    except Exception:  # Dynamo wraps what a backend raises
+        if refusals:
+            raise refusals[0] from None
+        raise
     converted = factors.of_module(plain)
     if not converted:
         raise PoetxError("poetx: no linear layer of this model can be converted; poetx_compile.report(model) says why")
     if optimizer is not None:
-        check_can_step(optimizer, converted)
+        check_state(optimizer)
     stand_in.pack(converted)
     return build_report(plain)
 

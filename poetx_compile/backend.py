@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.optim import Optimizer
 
 from . import conversion, initial, optimizer, retrace, stand_in
 from ._torch.compilers import activation_budget, compile_with_aot_eager, compile_with_inductor, global_state_check
@@ -88,9 +89,12 @@ poetx.takes_stand_ins = True  # type: ignore[attr-defined]
 
 
 def convert(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: PoetxConfig
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: PoetxConfig, trainer: Optimizer | None = None
 ) -> tuple[fx.GraphModule, list[tuple[LinearMatch, OrthogonalFactor]]]:
     """Find the linear layers of a graph and give each of their weights its factor.
+
+    Args:
+        trainer: must hold these weights, and be able to train rotations; refused before any weight is touched.
 
     Returns:
         A normalised copy of the graph, and what of it is converted.
@@ -104,6 +108,8 @@ def convert(
     matches, skips = match(edited, inputs, config, conversion.binding_reason)
     if matches:
         conversion.refuse_distributed([found.weight for found in matches])
+    if trainer is not None:
+        optimizer.check_can_train(trainer, ((found.weight, found.name) for found in matches))
     conversion.remember(skips)
     fresh = initial.untrained((found.weight, found.name) for found in matches) if config.init != "keep" else set()
     converted = []

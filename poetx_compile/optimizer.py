@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -35,6 +36,9 @@ _REFUSED = {
     "Muon": "it orthogonalises matrices, which poetx_compile.optim.SkewMuon does for rotations",
     "ZeroRedundancyOptimizer": "it would send the whole weight to all ranks at every step",
 }
+
+
+_ADAMS = {"Adam", "AdamW", "NAdam", "RAdam"}
 
 
 class _Steps(threading.local):
@@ -104,18 +108,28 @@ def check_clean(factor: OrthogonalFactor) -> None:
     factor.clear()
 
 
-def check_can_step(optimizer: Optimizer, wanted: Iterable[OrthogonalFactor]) -> None:
-    """Raises:
-    PoetxError: this optimizer does not hold one of the weights, or cannot train a rotation.
+def check_can_train(optimizer: Optimizer, weights: Iterable[tuple[nn.Parameter, str]]) -> None:
+    """Of weights that are about to be converted, each with its name.
+
+    Raises:
+        PoetxError: this optimizer does not hold one of them, or cannot train a rotation.
     """
-    held = {factor: group for factor, group, _ in _slots(optimizer)}
-    for factor in wanted:
-        if factor not in held:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for weight, name in weights:
+        _refuse_kind(optimizer, name)
+        if id(weight) not in held:
             raise PoetxError(
-                f"poetx: '{factor.name}' was converted, but {type(optimizer).__name__} does not hold it; build the optimizer from "
+                f"poetx: '{name}' would be converted, but {type(optimizer).__name__} does not hold it; build the optimizer from "
                 "model.parameters(), or leave the weight out with options={'exclude': [...]}"
             )
-        _usable_entry(optimizer, held[factor], factor)
+
+
+def check_state(optimizer: Optimizer) -> None:
+    """Raises:
+    PoetxError: what an optimizer keeps of a converted weight cannot go on as that of a rotation.
+    """
+    for factor, group, _ in _slots(optimizer):
+        _usable_entry(optimizer, group, factor)
 
 
 def _note_loaded(optimizer: Optimizer) -> None:
@@ -239,13 +253,17 @@ def _refuse_orphans(optimizer: Optimizer) -> None:
                 )
 
 
-def _usable_entry(optimizer: Optimizer, group: dict[str, Any], factor: OrthogonalFactor) -> checkpoint.Entry | None:
-    for name in _names(optimizer):
-        if name in _REFUSED:
+def _refuse_kind(optimizer: Optimizer, name: str) -> None:
+    for kind in _names(optimizer):
+        if kind in _REFUSED:
             raise PoetxError(
-                f"poetx: {name} cannot train the rotation of '{factor.name}': {_REFUSED[name]}. Give this weight to another "
-                f"optimizer, AdamW for instance, or leave it out with options={{'exclude': ['{factor.name}']}}"
+                f"poetx: {kind} cannot train the rotation of '{name}': {_REFUSED[kind]}. Give this weight to another "
+                f"optimizer, AdamW for instance, or leave it out with options={{'exclude': ['{name}']}}"
             )
+
+
+def _usable_entry(optimizer: Optimizer, group: dict[str, Any], factor: OrthogonalFactor) -> checkpoint.Entry | None:
+    _refuse_kind(optimizer, factor.name)
     factor.follow_weight()
     entry = optimizer.state.get(factor.weight)
     if not entry:
@@ -257,6 +275,12 @@ def _usable_entry(optimizer: Optimizer, group: dict[str, Any], factor: Orthogona
         raise PoetxError(
             f"poetx: the state of {type(optimizer).__name__} was loaded after this step's forward, so its gradients belong "
             "to other permutations; load the optimizer's state before the forward pass"
+        )
+    names = set(_names(optimizer))
+    if "momentum_buffer" in entry and "SkewMuon" not in names and names & _ADAMS:
+        raise PoetxError(
+            f"poetx: the state of '{factor.name}' is another optimizer's, and {type(optimizer).__name__} cannot go on from it: "
+            "load the model's state_dict only"
         )
     moments.check_known(factor, entry)
     if checkpoint.is_current(factor, entry):

@@ -16,6 +16,7 @@ from torch.optim import AdamW
 
 from poetx_compile import PoetxError, prepare, report, restore
 from poetx_compile.initial import normalise_rows
+from poetx_compile.registry import factors
 
 INIT: dict[str, Any] = {"init": "row-normalised"}
 
@@ -108,6 +109,19 @@ class TestValues:
             x = block(x)
         for block in blocks:
             check_ones(norms(block.fc.weight))
+
+
+@pytest.mark.parametrize("held", [slice(None), slice(0, 2)], ids=["of a kind that cannot", "that holds one of two"])
+def test_an_optimizer_that_is_refused_leaves_the_start_as_it_is(held: slice) -> None:
+    model = network()
+    before, parameters = values(model), list(model.parameters())[held]
+    trainer = torch.optim.LBFGS(parameters) if held == slice(None) else AdamW(parameters)
+    with pytest.raises(PoetxError, match=r"LBFGS cannot train|'2\.weight' would be converted, but AdamW does not hold it"):
+        prepare(
+            model, torch.randn(8, 22, dtype=torch.float64), optimizer=trainer, options={"block_size": 16, "chunk": 4, **INIT}
+        )
+    assert all(torch.equal(now, then) for now, then in zip(values(model), before))
+    assert not any(factors.of_weight(weight) for weight in model.parameters())
 
 
 class TestWhatWasLearntStays:

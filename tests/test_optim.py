@@ -438,6 +438,19 @@ class TestRefusals:
             optimizer.step()
         exact(values(model), old)
 
+    def test_adamw_refuses_its_state(self) -> None:
+        model = network()
+        muon, optimizer = SkewMuon(model.parameters()), AdamW(model.parameters())
+        compiled = rotating(model)
+        train(compiled, muon, range(2))
+        optimizer.load_state_dict(muon.state_dict())
+        old = values(model)
+        loss(compiled, 2).backward()
+        with pytest.raises(PoetxError, match=r"the state of '0\.weight' is another optimizer's, and AdamW cannot go on"):
+            optimizer.step()
+        exact(values(model), old)
+        assert optimizer.param_groups[0]["params"][0] is model[0].weight
+
     def test_prepare_takes_it(self) -> None:
         model = network()
         options = {"block_size": 16, "chunk": 4}

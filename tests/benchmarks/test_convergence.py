@@ -268,7 +268,7 @@ def test_a_recipe_that_cannot_be_is_refused(bench: ModuleType, spec: str, reason
         Recipe.parse(spec)
 
 
-def test_a_flat_spectrum_keeps_the_norm_and_gains_are_trained(bench: ModuleType) -> None:
+def test_a_spectrum_keeps_the_norm_and_gains_are_trained(bench: ModuleType) -> None:
     from convergence_recipes import Place, Recipe
     from llama import Size
 
@@ -277,6 +277,9 @@ def test_a_flat_spectrum_keeps_the_norm_and_gains_are_trained(bench: ModuleType)
     flat = Recipe.parse("poetx:dtype=fp32:spectrum=flat:gain=2:gains=rows").make(place).module.model.layers[0].mlp.gate_proj
     norm = torch.linalg.vector_norm(plain.weight)
     torch.testing.assert_close(torch.linalg.svdvals(flat.weight), (2 * norm / 8).expand(64))
+    steep = Recipe.parse("poetx:dtype=fp32:spectrum=square").make(place).module.model.layers[0].mlp.gate_proj
+    falling = ((torch.arange(64, 0, -1) - 0.5) / 64) ** 2
+    torch.testing.assert_close(torch.linalg.svdvals(steep.weight), falling * norm / falling.norm(), atol=1e-5, rtol=1e-4)
     x = torch.ones(64)
     before = flat(x)
     flat.gain.data[0] = 3
