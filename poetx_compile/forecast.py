@@ -29,6 +29,8 @@ _FIELDS = {
     "kv_heads": "num_key_value_heads",
     "vocab": "vocab_size",
 }
+_ROTARY = ("rope_parameters", "rope_theta", "rope_scaling")
+"""What configurations have whose positions are rotations, of any length."""
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
@@ -119,9 +121,12 @@ def plan(
         ids = torch.zeros(batch, seq, dtype=torch.int64)
         return model(input_ids=ids, labels=ids).loss
 
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    text = config.get_text_config()
+    vocabulary, positions = getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None)
     if vocabulary is None:
         raise PoetxError(f"poetx: plan knows causal language models only, and {config.model_type} has no vocabulary")
+    if positions is not None and seq > positions and not any(hasattr(text, name) for name in _ROTARY):
+        raise PoetxError(f"poetx: {config.model_type} has {positions} positions here, fewer than a sequence of {seq} needs")
     stepper = Stepper(is_fused=fused)
     try:
         traced = trace(build, loss, settings, vocabulary)

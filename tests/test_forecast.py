@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from transformers import BertConfig, LlamaConfig
+from transformers import BertConfig, GPT2Config, LlamaConfig
 
 from poetx_compile import PoetxError, forecast
 
@@ -157,3 +157,14 @@ def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     Vision().save_pretrained(tmp_path)
     with pytest.raises(PoetxError, match="plan knows causal language models only"):
         printed(model=str(tmp_path))
+
+
+def test_more_tokens_than_positions_are_refused_unless_positions_are_rotations(tmp_path: Path) -> None:
+    GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=8).save_pretrained(tmp_path / "gpt2")
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaConfig(**sizes, max_position_embeddings=8).save_pretrained(tmp_path / "llama")
+    with pytest.raises(PoetxError, match="gpt2 has 8 positions here, fewer than a sequence of 9 needs"):
+        printed(model=str(tmp_path / "gpt2"), seq=9)
+    for model, seq in (("gpt2", 8), ("llama", 9)):
+        fits, _ = printed(model=str(tmp_path / model), seq=seq)
+        assert fits
