@@ -1,4 +1,4 @@
-"""Pictures of convergence, from the CSV: ``python benchmarks/plot_convergence.py results/convergence-....csv``."""
+"""Pictures of convergence, from the CSV: ``python benchmarks/plot_convergence.py results/convergence-....csv [SUITE]``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from convergence_recipes import Recipe
 from convergence_rows import Key, Line, by_run, read_csv
+from convergence_suites import SUITES
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -22,18 +23,27 @@ Family = list[tuple[float, Losses]]
 """Learning rates, each with millions of tokens and validation losses."""
 
 
-def draw(path: Path) -> list[Path]:
-    """Draw what the CSV holds, one picture beside it for each size, horizon and seed; gives their paths."""
+def draw(path: Path, suite: str = "") -> list[Path]:
+    """Draw what the CSV holds, one picture beside it for each size, horizon and seed; gives their paths.
+
+    Args:
+        suite: a question of ``convergence_suites.py``, whose recipes alone are drawn; all without.
+    """
+    wanted = {str(Recipe.parse(text)) for text in SUITES[suite].recipes} if suite else None
     points: dict[Key, dict[str, Family]] = defaultdict(lambda: defaultdict(list))
     for key, lines in by_run(read_csv(path)).items():
-        if lines[-1].row.end == "finished":
+        if lines[-1].row.end == "finished" and (wanted is None or key.recipe in wanted):
             losses = _losses(lines)
             recipe = Recipe.parse(key.recipe)
             points[replace(key, recipe="")][recipe.family].append((recipe["lr"], losses))
-    return [_picture(path, point, families) for point, families in sorted(points.items())]
+    stem = "-".join(filter(None, (path.stem, suite)))
+    return [
+        _picture(path.with_name(f"{stem}-{point.size}-{point.steps}-{point.seed}.png"), point, families)
+        for point, families in sorted(points.items())
+    ]
 
 
-def _picture(path: Path, point: Key, families: Mapping[str, Family]) -> Path:
+def _picture(picture: Path, point: Key, families: Mapping[str, Family]) -> Path:
     best = {name: min(runs, key=lambda run: run[1][-1][1]) for name, runs in families.items()}
     shown = sorted(best, key=lambda name: best[name][1][-1][1])[:_MOST_FAMILIES]
     lowest = min(losses[-1][1] for _, losses in best.values())
@@ -55,8 +65,7 @@ def _picture(path: Path, point: Key, families: Mapping[str, Family]) -> Path:
         _tidy(axes)
     title = f"Llama {point.size}, {point.steps} steps of {point.batch} × {point.seq} tokens, seed {point.seed}"
     figure.suptitle(f"{title}: each recipe at its best rate, and the last loss over the rate", fontsize=11)
-    figure.legend(*over_tokens.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    picture = path.with_name(f"{path.stem}-{point.size}-{point.steps}-{point.seed}.png")
+    figure.legend(*over_tokens.get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=8)
     figure.savefig(picture, dpi=110)
     return picture
 
@@ -72,4 +81,4 @@ def _tidy(axes: Axes) -> None:
 
 
 if __name__ == "__main__":
-    print("\n".join(str(picture) for picture in draw(Path(sys.argv[1]))))
+    print("\n".join(str(picture) for picture in draw(Path(sys.argv[1]), *sys.argv[2:])))

@@ -162,6 +162,7 @@ def test_finished_runs_are_not_run_again_and_leave_csv_picture_and_table(
     bench: ModuleType, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from convergence_rows import read_csv
+    from plot_convergence import draw
 
     out = tmp_path / "result.csv"
     run(bench, *command, "--runs", RUNS, "--out", str(out))
@@ -181,6 +182,7 @@ def test_finished_runs_are_not_run_again_and_leave_csv_picture_and_table(
         assert last.end == "finished"
     picture = out.with_name(f"result-tiny-{STEPS}-0.png")
     assert picture.stat().st_size > 10_000
+    assert draw(out, "final") == []  # no recipe of this question was run
     told = capsys.readouterr().out
     assert "2 of 2 runs have ended" in told
     assert "| `adamw:dtype=fp32:lr=0.01:warmup=2` |" in told
