@@ -227,7 +227,8 @@ def _linear(x: Any, weight: Any, bias: Any = None, transposed: bool = False) -> 
     operands = (x, stored, scales, rows, row_channels, columns, column_channels, bias, factor.q, dtype, precision)
     widths = factor.rows.width, factor.columns.width
     runs = factor.rows.run, factor.columns.run
-    return lean_linear(*operands, *widths, factor.config.scale, transposed, LINEAR_VERSION, *runs)
+    saved = lean_linear(*operands, *widths, factor.config.scale, transposed, LINEAR_VERSION, *runs)
+    return saved.clone()  # which may be overwritten
 
 
 def _matmul(x: Any, weight: Any) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -58,6 +59,11 @@ def _in_pieces(cut: Callable[[Tensor], tuple[Tensor, ...]]) -> Product:
     return lambda x, w, c: torch.cat([F.linear(x, piece) for piece in cut(w)], dim=-1)
 
 
+def _without_first(y: Tensor) -> Tensor:
+    y[:, 0] = 0
+    return y
+
+
 CANONICAL = [
     Spelling("F.linear", lambda x, w, c: F.linear(x, w, c)),
     Spelling("F.linear without bias", lambda x, w, c: F.linear(x, w)),
@@ -92,6 +98,11 @@ CANONICAL = [
     Spelling("used twice in one form", lambda x, w, c: F.linear(x, w, c) * F.linear(x.cos(), w), uses=2),
     Spelling("used twice in two canonical forms", lambda x, w, c: F.linear(x, w, c) * F.linear(x @ w.t() @ w, w), uses=4),
     Spelling("x cast to the dtype of W", lambda x, w, c: F.linear(x.type_as(w).to(w), w, c)),
+    Spelling("activated in place", lambda x, w, c: F.silu(F.linear(x, w, c), inplace=True)),
+    Spelling("added to in place", lambda x, w, c: operator.iadd(x @ w.t(), c)),
+    Spelling("overwritten in part", lambda x, w, c: _without_first(F.linear(x, w, c))),
+    Spelling("overwritten through a view", lambda x, w, c: _without_first(F.linear(x, w, c).mT).mT),
+    Spelling("overwritten, addmm", lambda x, w, c: torch.addmm(c, x, w).mul_(2), transposed=True),
 ]
 """What takes the Gram route."""
 
@@ -100,6 +111,8 @@ CHECKPOINTED = [
     Spelling("checkpointed, x @ W.t()", lambda x, w, c: checkpointed(lambda x, w, c: x.cos() @ w.t() + c, x, w, c)),
     Spelling("checkpointed, addmm", lambda x, w, c: checkpointed(lambda x, w, c: c.addmm(x, w), x, w, c), transposed=True),
     Spelling("checkpointed twice", lambda x, w, c: checkpointed(partial(checkpointed, F.linear), x, w, c)),
+    Spelling("checkpointed and overwritten", lambda x, w, c: checkpointed(F.linear, x, w, c).mul_(x[0, 0])),
+    Spelling("checkpointed, overwritten within", lambda x, w, c: checkpointed(lambda *of: F.linear(*of).tanh_(), x, w, c)),
     Spelling("checkpointed and not", lambda x, w, c: checkpointed(F.linear, x, w, c) * F.linear(x.cos(), w), uses=2),
 ]
 """What takes the Gram route within regions that run again in the backward pass."""

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import factor_of
+from helpers import factor_of, network, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import rotation_gradients
@@ -26,6 +26,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers.pytorch_utils import Conv1D
 
 import poetx_compile
+from poetx_compile.optim import SkewMuon
 from poetx_compile.registry import factors
 
 pytestmark = pytest.mark.filterwarnings("ignore:poetx. .* no torch.optim.Optimizer holds it")
@@ -233,6 +234,22 @@ class TestGradients:
         assert factor_of(layer.weight).route == route
         check_against_oracle(layer, x)
         check_against_eager(layer, x)
+
+    @pytest.mark.parametrize("storage", ["folded", "bf16-lean"])
+    @pytest.mark.parametrize("overwrite", [lambda y: y.mul_(2), lambda y: y.data.zero_()], ids=["in place", "by data"])
+    def test_of_a_result_that_is_overwritten_afterwards(self, storage: str, overwrite: Callable[[Tensor], Tensor]) -> None:
+        layer, x = nn.Linear(64, 64, dtype=torch.bfloat16), torch.randn(8, 64, dtype=torch.bfloat16)
+        for module in (rotating(layer, storage=storage), layer):
+            grads = []
+            for change in (lambda y: None, overwrite):
+                layer.zero_grad()
+                y = module(x)
+                total = y.float().sum()
+                change(y)
+                total.backward()
+                assert layer.weight.grad is not None
+                grads.append(layer.weight.grad)
+            assert torch.equal(*grads)
 
     @pytest.mark.parametrize("spelling", TRAINABLE, ids=str)
     def test_of_other_products(self, spelling: Spelling) -> None:
@@ -756,9 +773,9 @@ def test_a_thousand_steps_keep_the_singular_values(dtype: torch.dtype, tolerance
         (compiled(x) - x[:, :17].sin()).float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    for weight, values, old in zip(weights, before, start):
+    for weight, singular, old in zip(weights, before, start):
         assert (weight - old).norm() > 0.3 * old.norm()
-        torch.testing.assert_close(torch.linalg.svdvals(exact_weight(weight)), values, rtol=tolerance, atol=0)
+        torch.testing.assert_close(torch.linalg.svdvals(exact_weight(weight)), singular, rtol=tolerance, atol=0)
 
 
 def exact_weight(weight: nn.Parameter) -> Tensor:
@@ -791,3 +808,30 @@ class TestDistributed:
         model, x = Blocks(1), torch.randn(4, 32, dtype=torch.float64)
         square(rotating(model)(x)).backward()
         check_against_oracle(model, x)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, SkewMuon])
+def test_new_permutations_and_a_resume_do_not_depend_on_the_default_device(kind: type[torch.optim.Optimizer]) -> None:
+    ends = []
+    for device in ("cpu", "meta"):
+        torch._dynamo.reset()
+        model, resumed = network(), network()
+        optimizer, restarted = kind(model.parameters(), lr=0.01), kind(resumed.parameters(), lr=0.01)
+        batches = [
+            torch.randn(8, 22, dtype=torch.float64, generator=torch.Generator().manual_seed(step)) for step in range(4)
+        ]
+        try:
+            torch.set_default_device(device)
+            for of, trainer, steps in ((model, optimizer, batches[:2]), (resumed, restarted, batches[2:])):
+                if of is resumed:
+                    resumed.load_state_dict(model.state_dict())
+                    restarted.load_state_dict(optimizer.state_dict())
+                compiled = rotating(of, permutation_period=1, chunk=4)
+                for x in steps:
+                    square(compiled(x)).backward()
+                    trainer.step()
+                    trainer.zero_grad()
+        finally:
+            torch.set_default_device(None)
+        ends.append(values(resumed))
+    assert all(map(torch.equal, *ends))

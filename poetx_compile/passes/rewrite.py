@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from .._torch.graphs import add_input, checkpointed
+from .._torch.tensors import storage_of, tensors_in
 from ..factor import OrthogonalFactor
 from ..kernels import LINEAR_VERSION, lean_linear, rotated_linear
 from .match import LinearMatch
@@ -104,9 +105,19 @@ def _replace(use: fx.Node, nodes: Nodes, factor: OrthogonalFactor) -> None:
         target, operands = lean_linear, (x, *stored(nodes), bias, nodes["q"], factor.dtype, factor.precision)
     with use.graph.inserting_before(use):
         new = use.graph.call_function(target, (*operands, *settings, *runs))
-    new.meta = dict(use.meta)
-    use.replace_all_uses_with(new)
+        result = use.graph.call_method("clone", (new,)) if _may_be_overwritten(use) else new
+    new.meta, result.meta = dict(use.meta), dict(use.meta)
+    use.replace_all_uses_with(result)
     use.graph.erase_node(use)
+
+
+def _may_be_overwritten(use: fx.Node) -> bool:
+    """Whether a product's result, which is saved for the backward pass, is written to: here, or where the graph hands it out."""
+    value = use.meta.get("example_value")
+    if not isinstance(value, Tensor) or value._version:
+        return True
+    outputs = [node.meta.get("example_value") for node in use.graph.output_node().all_input_nodes]
+    return any(storage_of(output) == storage_of(value) for output in tensors_in(outputs))
 
 
 def stored(nodes: Nodes) -> tuple[fx.Node | None, ...]:

@@ -23,6 +23,17 @@ class Activated(nn.Module):
         return torch.tanh(self.linear(x))
 
 
+class Overwritten(nn.Module):
+    """A linear layer whose outputs an activation overwrites."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.linear(x), inplace=True)
+
+
 class Spelled(nn.Module):
     """A linear layer written out, with its weight stored ``[inputs, outputs]``."""
 
@@ -154,5 +165,5 @@ class Checkpointed(Around):
 
 Leaf = Callable[[int, int, bool], nn.Module]
 
-LEAVES: tuple[Leaf, ...] = (Activated, Spelled, Experts, Convolved, Attending, WeightNormed, Recurrent)
+LEAVES: tuple[Leaf, ...] = (Activated, Overwritten, Spelled, Experts, Convolved, Attending, WeightNormed, Recurrent)
 AROUND: tuple[Callable[[nn.Module], nn.Module], ...] = (Residual, Shared, Broken, Branching, Cast, Checkpointed)

@@ -13,8 +13,8 @@ from .blocks import AROUND, LEAVES
 def models(draw: st.DrawFn, *, largest: int = 40, depth: int = 3) -> tuple[nn.Module, Tensor]:
     """A model in float64 and an input for it: ``check_equivalence(*draw(models()))``.
 
-    Nested modules of odd sizes, some of which share weights, break the graph, branch on data, run under autocast or are
-    checkpointed, beside attention, experts, convolutions, recurrent cells and weight norm.
+    Nested modules of odd sizes, some of which share weights, overwrite results, break the graph, branch on data, run under autocast
+    or are checkpointed, beside attention, experts, convolutions, recurrent cells and weight norm.
 
     Args:
         largest: number of features.
