@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from . import coverage
-from ._torch.compilers import is_tracing
 from ._torch.parameters import hide_from_fakes, own_grad, replace_grad_attribute, set_own_grad
 from .factor import OrthogonalFactor
 from .registry import factors
@@ -48,8 +47,6 @@ def _read(parameter: nn.Parameter) -> Tensor | None:
     factor = factors.of_weight(parameter)
     if factor is None:
         return own_grad(parameter)
-    if is_tracing():  # a compiler that copies the parameter expects a gradient of its shape
-        return None
     grad = factor.q.grad
     if grad is not None and not factor.is_covered:
         coverage.check()

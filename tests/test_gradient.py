@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from helpers import Explicit, factor_of, loss, network, rotating
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn, optim
+
+OPTIONS = {"block_size": 16, "chunk": 4, "inner": "aot_eager"}
 
 close = partial(torch.testing.assert_close, rtol=0, atol=1e-12)
 exact = partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -144,6 +147,31 @@ def test_compiled_code_can_read_it() -> None:
         return torch.stack([parameter.grad.norm() for parameter in model.parameters()])
 
     close(norms(training.model), torch.stack([grad.norm() for grad in training.grads()]))
+
+
+def test_a_compiled_step_clips_halves_and_clears_it_as_a_loop_does() -> None:
+    weights = []
+    for outer in (lambda step: step, torch.compile(backend="aot_eager"), torch.compile(backend="poetx", options=OPTIONS)):
+        torch._dynamo.reset()
+        model = network()
+        optimizer = optim.SGD(model.parameters(), lr=0.1)
+        loss(rotating(model), 0)
+
+        def step(x: Tensor, model: nn.Module = model, optimizer: Any = optimizer) -> None:
+            model.zero_grad()
+            model(x).pow(2).mean().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(0.5)
+            optimizer.step()
+
+        whole = outer(step)
+        for seed in range(3):
+            whole(torch.randn(8, 22, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+        weights.append([parameter.detach().clone() for parameter in model.parameters()])
+    close(weights[1], weights[0])
+    close(weights[2], weights[0])
 
 
 def test_a_copy_of_the_weight_has_one_of_its_own() -> None:

@@ -90,11 +90,6 @@ def global_state_check() -> Callable[[], bool]:
     return GlobalStateGuard().check
 
 
-def is_tracing() -> bool:
-    """Whether a compiler is looking at tensors just now, rather than a training loop."""
-    return torch._guards.TracingContext.try_get() is not None
-
-
 def graph_break() -> None:
     """Where a compiler stands, end its graph."""
     torch._dynamo.graph_break()

@@ -19,7 +19,6 @@ from poetx_compile._torch.compilers import (
     inductor_modes,
     inductor_option_names,
     inductor_option_type,
-    is_tracing,
     partition_with_inductor,
 )
 from poetx_compile._torch.graphs import add_input, copy_graph, fake_inputs, live_inputs
@@ -152,24 +151,6 @@ def test_global_state_is_compared_with_that_of_another_time() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert not is_same()
     assert is_same()
-
-
-def test_a_backend_call_is_tracing_and_the_code_it_makes_is_not() -> None:
-    tracing: list[bool] = []
-
-    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
-        tracing.append(is_tracing())
-
-        def run(*args: Any) -> Any:
-            tracing.append(is_tracing())
-            return gm.forward(*args)
-
-        return run
-
-    assert not is_tracing()
-    torch.compile(Net(), backend=backend)(torch.ones(2, 3))
-    assert tracing == [True, False]
-    assert not is_tracing()
 
 
 def test_graph_break_ends_a_graph_and_is_nothing_elsewhere() -> None:

@@ -17,7 +17,6 @@ PINNED = {
         "inductor_modes",
         "inductor_option_names",
         "inductor_option_type",
-        "is_tracing",
         "partition_with_inductor",
     ],
     "data_parallel": [
