@@ -76,10 +76,11 @@ class BlockLayout:
         random offset where ``chunk`` does not divide the dimension. The draw depends on nothing but its arguments.
         """
         digest = hashlib.sha256(f"{key}:{side}:{epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        offset = int(torch.randint(self.features % self.chunk + 1, (), generator=generator))
-        runs = torch.randperm(self.features // self.chunk, generator=generator)[: self.rotated // self.chunk]
-        return (offset + runs[:, None] * self.chunk + torch.arange(self.chunk)).reshape(-1)
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "little"))
+        with torch.device("cpu"):
+            offset = int(torch.randint(self.features % self.chunk + 1, (), generator=generator))
+            runs = torch.randperm(self.features // self.chunk, generator=generator)[: self.rotated // self.chunk]
+            return (offset + runs[:, None] * self.chunk + torch.arange(self.chunk)).reshape(-1)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def observed(work: Sequence[tuple[OrthogonalFactor, float]]) -> Iterator[Callabl
         for factor, gain in work:
             channels = factor.stack.count * sum(side.rotated for side in factor.stack.sides)
             angle = 2 * gain * factor.config.scale * factor.q.norm() * math.sqrt(2 / max(channels, 1))
-            tangent = torch.zeros(()) if factor.q.grad is None else factor.q.grad.norm()
+            tangent = factor.q.new_zeros(()) if factor.q.grad is None else factor.q.grad.norm()
             norms[factor] = {"angle": angle, "tangent": tangent}
 
     def look(made: Turns) -> None:

@@ -163,3 +163,10 @@ def test_a_stack_turns_the_sides_that_are_asked_for(sides: str, turning: tuple[b
     assert stack.shape == both.shape
     assert stack.skew == 3 * sum(side.skew for side, turns in zip((both.rows, both.columns), turning) if turns)
     assert len(stack.columns.channels(0, 1, 0)) == stack.columns.rotated
+
+
+def test_a_draw_is_the_same_whatever_the_default_device_is() -> None:
+    layout = BlockLayout.of(70, 16, 4)
+    drawn = layout.channels(1, 0, 2)
+    with torch.device("meta"):
+        assert torch.equal(layout.channels(1, 0, 2), drawn)
