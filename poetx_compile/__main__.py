@@ -20,7 +20,7 @@ def main() -> int:
     ahead = commands.add_parser("plan", help="estimate the memory of a training step, without a GPU and without allocating")
     ahead.add_argument("--model", required=True, help="config.json, its folder, or llama:hidden=4096,layers=32,heads=32,...")
     ahead.add_argument(
-        "--gpu", help="memory of the card, such as 24GB or 80GiB: also says what fits, by the exit status too"
+        "--gpu", help="memory of the card, such as 24GB, 80GiB or 24 (GB): also says what fits, by the exit status too"
     )
     ahead.add_argument("--seq", type=int, required=True, help="tokens of a sequence")
     ahead.add_argument("--batch", type=int, default=1, help="sequences of a micro-batch")
@@ -34,6 +34,7 @@ def main() -> int:
     )
     ahead.add_argument("--skew-dtype", choices=SKEW_DTYPES)
     ahead.add_argument("--activation-memory-budget", type=float, metavar="SHARE")
+    ahead.add_argument("--checkpointing", action="store_true", help="with the model's own gradient_checkpointing_enable()")
     ahead.add_argument("--ordinary", action="store_true", help="estimate torch.compile with AdamW beside it")
     ahead.add_argument(
         "--fused", action="store_true", help="with AdamW(fused=True), which needs no memory beside its states"

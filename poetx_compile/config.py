@@ -93,7 +93,7 @@ class PoetxConfig:
     """Weights to leave alone: ``fnmatch`` patterns on the whole name, or one component of it (``"gate"``)."""
 
     heads: tuple[str, ...] = HEADS
-    """Name components that mark an output head. Heads are trained as before."""
+    """Names of modules that are output heads, where :func:`.passes.match.is_head` says so. Heads are trained as before."""
 
     include_conv: bool = False
     """Whether kernels of convolutions rotate too, each as a matrix ``[out, in · k · k]``. Grouped ones never do."""
@@ -219,4 +219,9 @@ def split_options(options: Mapping[str, Any] | None, mode: str | None) -> tuple[
             close = difflib.get_close_matches(str(name), sorted(ours | inductors), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; poetx knows {', '.join(sorted(ours))}"
             raise PoetxError(f"poetx: unknown option {name!r}{hint}")
-    return PoetxConfig.of_options(settings), patches
+    config = PoetxConfig.of_options(settings)
+    if patches and config.inner == "aot_eager":
+        warnings.warn(
+            f"poetx: inner='aot_eager' takes no Inductor options; left out: {', '.join(patches)}", PoetxWarning, stacklevel=2
+        )
+    return config, patches

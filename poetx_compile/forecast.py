@@ -32,6 +32,8 @@ _FIELDS = {
 _ROTARY = ("rope_parameters", "rope_theta", "rope_scaling")
 """What configurations have whose positions are rotations, of any length."""
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_HALF_ONLY = {"storage": "folded", "skew_dtype": "float32"}
+"""Settings that say nothing of float32 weights unless they are these."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def run(
     activation_memory_budget: float | None = None,
     ordinary: bool = False,
     fused: bool = False,
+    checkpointing: bool = False,
     console: Console | None = None,
 ) -> bool:
     """Print an estimate for each number of residual bits, or for a lean storage, and tell whether any fits.
@@ -74,6 +77,7 @@ def run(
         seq, batch: tokens of a sequence, and sequences of a micro-batch.
         ordinary: estimate ``torch.compile`` with AdamW too, for comparison.
         fused: whether AdamW is the fused one.
+        checkpointing: whether the model checkpoints activations by its own ``gradient_checkpointing_enable()``.
 
     Raises:
         PoetxError: a configuration, a size or a number that cannot be read.
@@ -83,14 +87,23 @@ def run(
     card = None if gpu is None else parse_size(gpu)
     options = {"storage": storage, "skew_dtype": skew_dtype, "activation_memory_budget": activation_memory_budget}
     given = {name: value for name, value in options.items() if value not in (None, "auto")}
+    for name, only in _HALF_ONLY.items():
+        if dtype == "float32" and given.get(name, only) != only:
+            raise PoetxError(
+                f"poetx: {name}={given[name]} is for half-precision weights, and --dtype float32 has none; leave one of them out"
+            )
     settings = PoetxConfig.of_options({"block_size": block_size} | given)
     limit = card if storage == "auto" else None
-    found = plan(read_config(model), seq, batch, DTYPES[dtype], settings, ordinary, fused, limit)
+    found = plan(read_config(model), seq, batch, DTYPES[dtype], settings, ordinary, fused, limit, checkpointing)
     console = console or Console()
-    console.print(_table(found.choices, card, f"{model}, {batch} × {seq} tokens, {dtype}, {'fused ' * fused}AdamW"))
+    title = f"{model}, {batch} × {seq} tokens, {dtype}, {'fused ' * fused}AdamW{', checkpointing' * checkpointing}"
+    console.print(_table(found.choices, card, title))
     if found.memory:
         console.print(found.memory, highlight=False)
-    return card is None or any(choice.estimate.total <= card for choice in found.choices)
+    fits = card is None or any(choice.estimate.total <= card for choice in found.choices)
+    if not fits and not checkpointing:
+        console.print("Nothing fits; --checkpointing estimates it with the model's own activation checkpointing")
+    return fits
 
 
 def plan(
@@ -102,20 +115,23 @@ def plan(
     ordinary: bool = False,
     fused: bool = False,
     limit: float | None = None,
+    checkpointing: bool = False,
 ) -> Plan:
     """Estimates for a causal language model: with every number of residual bits where its weights are folded, 8 first.
 
     Args:
         config: of transformers.
         limit: bytes, for what ``memory`` would choose.
+        checkpointing: whether the model checkpoints its activations.
     """
     from transformers import AutoModelForCausalLM
 
     def build() -> nn.Module:
         try:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         except ValueError as error:
             raise PoetxError(f"poetx: plan knows causal language models only: {error}") from error
+        return _checkpointed(model) if checkpointing else model
 
     def loss(model: Callable[..., Any]) -> Tensor:
         ids = torch.zeros(batch, seq, dtype=torch.int64)
@@ -155,6 +171,16 @@ def plan(
         return Plan(choices, str(error))
     assert chosen.estimate is not None
     return Plan([*choices, Choice("auto", chosen.estimate)], str(chosen))
+
+
+def _checkpointed(model: Any) -> Any:
+    if not model.supports_gradient_checkpointing:
+        raise PoetxError(
+            f"poetx: {type(model).__name__} does not support activation checkpointing; leave --checkpointing out"
+        )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.config.use_cache = False  # as transformers does then, with a warning
+    return model
 
 
 def read_config(text: str) -> Any:
@@ -211,12 +237,12 @@ def _shorthand(fields: str) -> dict[str, int]:
 
 
 def parse_size(text: str) -> float:
-    """Bytes of ``24GB`` (10⁹ each), ``24GiB`` (2³⁰ each) or a plain number.
+    """Bytes of ``24GB`` (10⁹ each), ``24GiB`` (2³⁰ each), or a bare number of GB, as the option ``memory`` takes.
 
     Raises:
         PoetxError: it is none of these.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text, re.IGNORECASE)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text if text[-1:].isalpha() else f"{text}GB", re.IGNORECASE)
     if found is None:
         raise PoetxError(f"poetx: --gpu takes a size such as 24GB or 80GiB, not {text!r}")
     number, unit, binary = found.groups()

@@ -17,9 +17,11 @@ from torch.optim import Optimizer
 from . import conversion, initial
 from ._torch.optimizers import live_optimizers
 from ._torch.parameters import own_grad
+from .config import PoetxConfig
 from .factor import OrthogonalFactor
 from .kernels import HALF
 from .ladder import Chosen
+from .passes import is_named
 from .registry import factors
 
 _ASSUMED_STATES = 2
@@ -75,11 +77,13 @@ class Report:
         rows: one for each parameter.
         states_known: whether the states of its optimizer were seen; before the first step two for each number are assumed.
         chosen: what the option ``memory`` chose, with its estimate; None without it.
+        unmatched: patterns of the option ``exclude`` that fit no name of a parameter.
     """
 
     rows: tuple[Row, ...]
     states_known: bool
     chosen: Chosen | None = None
+    unmatched: tuple[str, ...] = ()
 
     @property
     def before(self) -> Bytes:
@@ -100,6 +104,10 @@ class Report:
         console.print(self._parameters(), self._totals())
         if self.chosen is not None:
             console.print(str(self.chosen), highlight=False)
+        if self.unmatched:
+            console.print(
+                f"exclude: no parameter is named {', '.join(map(repr, self.unmatched))}", highlight=False, markup=False
+            )
 
     def __str__(self) -> str:
         text = io.StringIO()
@@ -144,8 +152,19 @@ def build_report(model: nn.Module) -> Report:
     }
     known = any(owners[id(parameter)].state.get(parameter) for parameter in model.parameters() if id(parameter) in owners)
     rows = [_row(name, parameter, owners.get(id(parameter)), known) for name, parameter in model.named_parameters()]
-    chosen = (factor.config for factor in factors.of_module(model) if isinstance(factor.config, Chosen))
-    return Report(tuple(rows), known, next(chosen, None))
+    configs = [factor.config for factor in factors.of_module(model)]
+    chosen = next((config for config in configs if isinstance(config, Chosen)), None)
+    return Report(tuple(rows), known, chosen, _unmatched(model, configs))
+
+
+def _unmatched(model: nn.Module, configs: Iterable[PoetxConfig]) -> tuple[str, ...]:
+    """Patterns of ``exclude`` that fit no name, neither whole nor from any of its modules on, which may be compiled alone."""
+    patterns = dict.fromkeys(pattern for config in configs for pattern in config.exclude)
+    if not patterns:
+        return ()
+    whole = [name.replace("_orig_mod.", "").split(".") for name, _ in model.named_parameters(remove_duplicate=False)]
+    names = {".".join(parts[start:]) for parts in whole for start in range(len(parts))}
+    return tuple(pattern for pattern in patterns if not any(is_named(name, (pattern,)) for name in names))
 
 
 def _row(name: str, parameter: nn.Parameter, owner: Optimizer | None, known: bool) -> Row:

@@ -216,6 +216,16 @@ def test_torch_compile_passes_options_and_mode_on() -> None:
         torch.compile(nn.Linear(2, 2), backend="poetx", mode="fastest")(torch.ones(2))
 
 
+def test_inductors_options_that_aot_eager_leaves_out_are_named() -> None:
+    with pytest.warns(
+        PoetxWarning, match=r"inner='aot_eager' takes no Inductor options; left out: max_autotune, shape_padding"
+    ):
+        config, _ = split_options({"inner": "aot_eager", "max_autotune": True, "shape-padding": False}, None)
+    assert config.inner == "aot_eager"
+    split_options({"inner": "aot_eager", "block_size": 64}, "default")
+    split_options({"inner": "inductor", "max_autotune": True}, None)
+
+
 @pytest.mark.parametrize(("block_size", "chunk"), [(16, 0), (32, 0), (64, 64)])
 def test_permutations_that_mix_nothing_are_told(block_size: int, chunk: int) -> None:
     with pytest.warns(PoetxWarning, match=f"which are whole blocks of block_size={block_size}: .* Pass a smaller chunk"):

@@ -7,11 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import llama
 import pytest
+import torch
+import train_plan
 from rich.console import Console
-from transformers import BertConfig, GPT2Config, LlamaConfig
+from train_run import Case
+from transformers import BertConfig, CTRLConfig, GPT2Config, LlamaConfig
 
-from poetx_compile import PoetxError, forecast
+from poetx_compile import PoetxConfig, PoetxError, forecast
 
 TINY = "llama:hidden=64,intermediate=128,layers=1,heads=2,vocab=256"
 
@@ -67,11 +71,67 @@ def test_what_does_not_fit_is_said() -> None:
     assert "no" in text
 
 
+DEEP = "llama:hidden=64,intermediate=128,layers=8,heads=2,vocab=256"
+
+
+def test_checkpointing_saves_less() -> None:
+    config, settings = forecast.read_config(DEEP), PoetxConfig(block_size=32, storage="int8")
+    without, under = (
+        forecast.plan(config, 1024, 1, torch.bfloat16, settings, ordinary=True, checkpointing=asked).choices
+        for asked in (False, True)
+    )
+    for ours, theirs in zip(under, without, strict=True):
+        assert ours.estimate.saved < 0.3 * theirs.estimate.saved
+        assert ours.estimate.total < theirs.estimate.total
+
+
+@pytest.mark.parametrize(("method", "place"), [("poetx:storage=int8", 0), ("adamw", -1)])
+def test_checkpointing_is_planned_as_for_the_benchmark(method: str, place: int) -> None:
+    size = llama.SIZES["tiny"]
+    model = f"llama:hidden={size.hidden},intermediate={size.ffn},layers=2,heads={size.heads},vocab={size.vocabulary}"
+    case = Case("tiny", f"{method}:checkpointing=True", seq=1024, batch=4, micro=1, layers=2, device="cuda")
+    settings = PoetxConfig(storage="int8")
+    found = forecast.plan(
+        forecast.read_config(model), 1024, 4, torch.bfloat16, settings, ordinary=True, fused=True, checkpointing=True
+    )
+    assert train_plan.planned_bytes(case) == found.choices[place].estimate.total
+
+
+def test_the_title_says_checkpointing() -> None:
+    assert "AdamW, checkpointing: GB" in printed(checkpointing=True)[1]
+
+
+def test_where_nothing_fits_checkpointing_is_hinted_at() -> None:
+    hint = "--checkpointing estimates it with"
+    assert hint in printed(gpu="100KB", storage="int8")[1]
+    assert hint not in printed(gpu="100KB", storage="int8", checkpointing=True)[1]
+    assert hint not in printed(gpu="1GB")[1]
+    assert hint not in printed(gpu=None)[1]
+
+
+def test_a_model_that_cannot_checkpoint_is_refused(tmp_path: Path) -> None:
+    CTRLConfig(vocab_size=64, n_positions=32, n_embd=32, dff=64, n_layer=1, n_head=2).save_pretrained(tmp_path)
+    with pytest.raises(
+        PoetxError, match="CTRLLMHeadModel does not support activation checkpointing; leave --checkpointing out"
+    ):
+        printed(model=str(tmp_path), checkpointing=True)
+
+
+@pytest.mark.parametrize("setting", [{"storage": "int8"}, {"storage": "bf16-lean"}, {"skew_dtype": "bfloat16"}])
+def test_settings_of_half_precision_are_refused_beside_float32(setting: dict[str, str]) -> None:
+    ((name, value),) = setting.items()
+    with pytest.raises(PoetxError, match=f"{name}={value} is for half-precision weights, and --dtype float32 has none"):
+        printed(dtype="float32", **setting)
+    printed(dtype="float32", storage="folded", skew_dtype="float32")
+
+
 def test_the_command_tells_by_its_exit_status() -> None:
     command = [sys.executable, "-m", "poetx_compile", "plan", "--model", TINY, "--seq", "32", "--gpu", "1KB"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert "fits 1e-06 GB" in done.stdout, done.stderr
+    done = subprocess.run([*command[:-1], "1", "--checkpointing", "--fused"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("is_folder", [False, True])
@@ -90,10 +150,15 @@ def test_a_shorthand_is_a_configuration() -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("24GB", 24e9), ("24 gb", 24e9), ("80GiB", 80 * 2**30), ("1.5T", 1.5e12), ("512MiB", 2**29), ("7", 7), ("9B", 9)],
+    [("24GB", 24e9), ("24 gb", 24e9), ("80GiB", 80 * 2**30), ("1.5T", 1.5e12), ("512MiB", 2**29), ("9B", 9)],
 )
 def test_sizes(text: str, size: float) -> None:
     assert forecast.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["24", "1.5"])
+def test_a_bare_number_is_gigabytes_as_in_the_option_memory(text: str) -> None:
+    assert forecast.parse_size(text) == PoetxConfig(memory=float(text)).memory * 1e9
 
 
 @pytest.mark.parametrize("text", ["", "GB", "24XB", "-3GB", "24 GB free"])

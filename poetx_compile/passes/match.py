@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from .._torch.graphs import checkpointed, functorch_nodes, source_name
-from .._torch.parameters import gradient_hooks
+from .._torch.parameters import gradient_hooks, modules_with
 from .._torch.tensors import is_fake
 from ..config import PoetxConfig
 from ..factor import stacked
@@ -92,12 +92,14 @@ def match(
     linears = {use.node for found in uses.values() for use in found if use.is_product or use.is_convolution}
     linears |= {node for node in gm.graph.nodes if node.target is LINEAR}
     transformed = _transformed(gm)
+    names = {node: parameter_name(source_name(node)) for node in parameters}
+    excluded = _excluded([(weight, names[node]) for node, weight in parameters.items()], config.exclude)
     matches, skips = [], []
     for index, (node, value) in enumerate(inputs.items()):
         if node not in parameters:
             continue
-        name = parameter_name(source_name(node))
-        reason = remembered(value) or _reason(value, name, uses.get(node, []), graph, linears, config)
+        name = names[node]
+        reason = remembered(value) or _reason(value, name, uses.get(node, []), graph, linears, config, id(value) in excluded)
         if reason is not None:
             skips.append(Skip(index, value, name, reason))
         else:
@@ -107,7 +109,13 @@ def match(
 
 
 def _reason(
-    weight: nn.Parameter, name: str, uses: list[Use], graph: UseGraph, linears: set[fx.Node], config: PoetxConfig
+    weight: nn.Parameter,
+    name: str,
+    uses: list[Use],
+    graph: UseGraph,
+    linears: set[fx.Node],
+    config: PoetxConfig,
+    is_excluded: bool,
 ) -> SkipReason | None:
     if not weight.requires_grad:
         return SkipReason.FROZEN
@@ -118,7 +126,7 @@ def _reason(
     is_plain = type(weight) is nn.Parameter or is_fake(weight)
     if weight.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16) or not is_plain:
         return SkipReason.DTYPE
-    if is_named(name, config.exclude):
+    if is_excluded:
         return SkipReason.EXCLUDED
     embedded = [use.is_embedding for use in uses]
     if any(embedded):
@@ -137,7 +145,7 @@ def _reason(
     stack = _stack(weight, uses, config)
     if 1 in stack.shape[1:]:
         return SkipReason.NOT_A_MATRIX
-    if is_named(name, config.heads) or any(graph.reaches_loss(use.node, linears) for use in uses):
+    if is_head(name, config.heads) or any(graph.reaches_loss(use.node, linears) for use in uses):
         return SkipReason.HEAD
     if not all(use.node.target is LINEAR or graph.has_data(use) for use in uses):
         return SkipReason.NO_INPUT
@@ -206,3 +214,24 @@ def is_named(name: str, patterns: tuple[str, ...]) -> bool:
     """Whether a pattern fits the whole name, or is one of its components."""
     components = name.split(".")
     return any(fnmatch.fnmatchcase(name, pattern) or pattern in components for pattern in patterns)
+
+
+def is_head(name: str, heads: tuple[str, ...]) -> bool:
+    """Whether one of ``heads`` is the module that owns the weight, its place in a container aside (``classifier.1.weight``), or
+    one around it, where the name goes through no numbered layer (``head.fc.weight``, not ``sa.heads.0.key.weight``)."""
+    path = re.sub(r"(\.\d+)*\.[^.]+$", "", name).split(".")
+    candidates = path[-1:] if any(map(str.isdecimal, path)) else name.split(".")
+    return any(head in candidates or fnmatch.fnmatchcase(name, head) for head in heads)
+
+
+def _excluded(parameters: list[tuple[nn.Parameter, str]], patterns: tuple[str, ...]) -> set[int]:
+    """Identities of the weights of a graph of which a pattern fits a name: of a tied weight, any that its module has for it."""
+    found = {id(weight) for weight, name in parameters if is_named(name, patterns)}
+    for module in modules_with(weight for weight, _ in parameters) if patterns else ():
+        held = {
+            name.replace("_orig_mod.", ""): id(weight)
+            for name, weight in nn.Module.named_parameters(module, remove_duplicate=False)
+        }
+        here = {id(weight) for weight, name in parameters if held.get(name) == id(weight)}
+        found |= {key for name, key in held.items() if key in here and is_named(name, patterns)}
+    return found

@@ -16,8 +16,9 @@ from spellings import CANONICAL, CHECKPOINTED, CONVOLUTIONS, INPUTS, OTHER, OUTP
 from torch import Tensor, nn
 
 from poetx_compile import PoetxConfig
+from poetx_compile.config import HEADS
 from poetx_compile.passes import SkipReason, match
-from poetx_compile.passes.match import is_named, parameter_name
+from poetx_compile.passes.match import is_head, is_named, parameter_name
 
 global_model: Callable[[Tensor], Tensor] = torch.tanh
 
@@ -190,6 +191,12 @@ def test_spectral_norm_rotates_the_leaf() -> None:
     assert found["parametrizations.weight.original"] is None
 
 
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
+def test_the_old_spectral_norm_leaves_the_leaf_ordinary() -> None:
+    found = reasons(nn.utils.spectral_norm(nn.Linear(INPUTS, OUTPUTS)), torch.randn(5, INPUTS))
+    assert found["weight_orig"] is SkipReason.NOT_A_LINEAR
+
+
 def test_an_orthogonal_weight_stays_as_it_is_parametrised() -> None:
     found = reasons(nn.utils.parametrizations.orthogonal(nn.Linear(INPUTS, OUTPUTS)), torch.randn(5, INPUTS))
     assert found["parametrizations.weight.original"] is SkipReason.NOT_A_LINEAR
@@ -248,6 +255,66 @@ class TestHeads:
         model = Wrapped(lambda m, x: m.header(x), header=nn.Linear(32, 16, bias=False))
         assert reasons(model, torch.randn(5, 32)) == {"header.weight": None}
 
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "lm_head.weight",
+            "model.lm_head.weight",
+            "head.weight",
+            "head",
+            "embed_out.weight",
+            "1.classifier.1.weight",
+            "classifier.0.weight",
+            "heads.0.weight",
+            "heads.head.weight",
+            "head.fc.weight",
+            "backbone.head.fc.weight",
+            "classifier.out_proj.weight",
+            "lm_head.dense.weight",
+            "head.mlp.0.weight",
+            "base_model.model.score.modules_to_save.default.weight",
+            "head.parametrizations.weight.original1",
+            "blocks.0.exits.head.weight",
+        ],
+    )
+    def test_names_of_output_heads(self, name: str) -> None:
+        assert is_head(name, HEADS)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "sa.heads.0.key.weight",
+            "blocks.0.sa.heads.0.key.weight",
+            "heads.1.value.weight",
+            "blocks.3.attention.head.query.weight",
+            "layers.0.heads.q_proj.weight",
+            "header.weight",
+            "0.weight",
+            "fc.weight",
+            "weight",
+        ],
+    )
+    def test_names_of_attention_heads_and_others(self, name: str) -> None:
+        assert not is_head(name, HEADS)
+
+    def test_a_pattern_may_fit_the_whole_name_of_a_head(self) -> None:
+        assert is_head("layers.0.gate.weight", ("layers.*.gate.weight",))
+        assert not is_head("layers.0.gate.bias", ("layers.*.gate.weight",))
+
+    def test_heads_of_attention_are_rotated(self) -> None:
+        def attend(m: Any, x: Tensor) -> Tensor:
+            heads = [head["value"](x) * (head["query"](x) * head["key"](x)).sum(-1, keepdim=True) for head in m.heads]
+            return m.lm_head(torch.cat(heads, -1))
+
+        parts = [
+            nn.ModuleDict({name: nn.Linear(32, 16, bias=False) for name in ("key", "query", "value")}) for _ in range(2)
+        ]
+        model = Wrapped(attend, heads=nn.ModuleList(parts), lm_head=nn.Linear(32, 48, bias=False))
+        found = reasons(model, torch.randn(5, 32))
+        assert found.pop("lm_head.weight") is SkipReason.HEAD
+        assert set(found.values()) == {None}
+        assert len(found) == 6
+
     def test_names_are_a_setting(self) -> None:
         model = Wrapped(lambda m, x: m.final(m.lm_head(x)), lm_head=nn.Linear(32, 32), final=nn.Linear(32, 16))
         found = reasons(model, torch.randn(5, 32), config=PoetxConfig(block_size=16, heads=("final",)))
@@ -281,6 +348,20 @@ class TestExclusion:
         found = reasons(model, torch.randn(5, 32), config=PoetxConfig(block_size=16, exclude=(pattern,)))
         excluded = SkipReason.EXCLUDED if pattern != "[a]" else None
         assert found == {"a.weight": excluded, "b.weight": None}
+
+    @pytest.mark.parametrize("pattern", ["a", "a.weight", "b", "b.weight", "c.*"])
+    def test_by_any_name_of_a_tied_weight(self, pattern: str) -> None:
+        model = Wrapped(lambda m, x: m.d(m.b(m.a(x))), **{name: nn.Linear(32, 32, bias=False) for name in "abcd"})
+        model.c.weight = model.b.weight = model.a.weight
+        config = PoetxConfig(block_size=16, exclude=(pattern,))
+        assert reasons(model, torch.randn(5, 32), config=config) == {"a.weight": SkipReason.EXCLUDED, "d.weight": None}
+
+    def test_names_are_those_of_what_is_compiled(self) -> None:
+        inner = Wrapped(lambda m, x: m.b(m.a(x)), a=nn.Linear(32, 32, bias=False), b=nn.Linear(32, 32, bias=False))
+        outer = nn.ModuleDict({"b": inner})
+        found = reasons(inner, torch.randn(5, 32), config=PoetxConfig(block_size=16, exclude=("b.*",)))
+        assert found == {"a.weight": None, "b.weight": SkipReason.EXCLUDED}
+        assert len(list(outer.parameters())) == 2
 
     @given(st.lists(st.from_regex(r"[a-z]{1,6}", fullmatch=True), min_size=1, max_size=5), st.data())
     def test_every_component_and_the_whole_name_fit(self, components: list[str], data: st.DataObject) -> None:
