@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import coverage
+from ._torch.compilers import is_tracing
 from ._torch.parameters import hide_from_fakes, own_grad, replace_grad_attribute, set_own_grad
 from .factor import OrthogonalFactor
 from .registry import factors
@@ -48,7 +49,7 @@ def _read(parameter: nn.Parameter) -> Tensor | None:
     if factor is None:
         return own_grad(parameter)
     grad = factor.q.grad
-    if grad is not None and not factor.is_covered:
+    if grad is not None and not factor.is_covered and not is_tracing():
         coverage.check()
     return grad
 

@@ -101,7 +101,7 @@ CANONICAL = [
     Spelling("activated in place", lambda x, w, c: F.silu(F.linear(x, w, c), inplace=True)),
     Spelling("added to in place", lambda x, w, c: operator.iadd(x @ w.t(), c)),
     Spelling("overwritten in part", lambda x, w, c: _without_first(F.linear(x, w, c))),
-    Spelling("overwritten through a view", lambda x, w, c: _without_first(F.linear(x, w, c).mT).mT),
+    Spelling("overwritten through a view", lambda x, w, c: _without_first(F.linear(x, w, c)[:])),
     Spelling("overwritten, addmm", lambda x, w, c: torch.addmm(c, x, w).mul_(2), transposed=True),
 ]
 """What takes the Gram route."""

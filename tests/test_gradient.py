@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Explicit, factor_of, loss, network, rotating
+from helpers import Explicit, factor_of, loss, network, rotating, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn, optim
@@ -149,18 +149,23 @@ def test_compiled_code_can_read_it() -> None:
     close(norms(training.model), torch.stack([grad.norm() for grad in training.grads()]))
 
 
-def test_a_compiled_step_clips_halves_and_clears_it_as_a_loop_does() -> None:
-    weights = []
-    for outer in (lambda step: step, torch.compile(backend="aot_eager"), torch.compile(backend="poetx", options=OPTIONS)):
+@pytest.mark.parametrize(
+    ("dtype", "storage"), [(torch.float64, "folded"), (torch.bfloat16, "folded"), (torch.bfloat16, "int8")], ids=str
+)
+def test_a_compiled_step_clips_halves_and_clears_it_as_a_loop_does(dtype: torch.dtype, storage: str) -> None:
+    options = OPTIONS | {"storage": storage}
+    moves = []
+    for outer in (lambda step: step, torch.compile(backend="aot_eager"), torch.compile(backend="poetx", options=options)):
         torch._dynamo.reset()
-        model = network()
-        optimizer = optim.SGD(model.parameters(), lr=0.1)
-        loss(rotating(model), 0)
+        model = network(dtype)
+        start = torch.cat([value.flatten().double() for value in values(model)])
+        optimizer = optim.SGD(model.parameters(), lr=1.0)
+        loss(rotating(model, storage=storage), 0, dtype)
 
         def step(x: Tensor, model: nn.Module = model, optimizer: Any = optimizer) -> None:
             model.zero_grad()
             model(x).pow(2).mean().backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.2)
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(0.5)
@@ -168,10 +173,10 @@ def test_a_compiled_step_clips_halves_and_clears_it_as_a_loop_does() -> None:
 
         whole = outer(step)
         for seed in range(3):
-            whole(torch.randn(8, 22, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
-        weights.append([parameter.detach().clone() for parameter in model.parameters()])
-    close(weights[1], weights[0])
-    close(weights[2], weights[0])
+            whole(torch.randn(8, 22, generator=torch.Generator().manual_seed(seed)).to(dtype))
+        moves.append(torch.cat([value.flatten().double() for value in values(model)]) - start)
+    for move in moves[1:]:
+        assert (move - moves[0]).norm() <= (1e-10 if dtype == torch.float64 else 0.1) * moves[0].norm()
 
 
 def test_a_copy_of_the_weight_has_one_of_its_own() -> None:

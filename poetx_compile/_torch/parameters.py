@@ -36,8 +36,9 @@ def replace_grad_attribute(
 def hide_from_fakes(is_other: Callable[[Tensor], bool]) -> None:
     """Let fake copies of some tensors have no gradient: those whose ``.grad`` is of another shape or dtype.
 
-    ``torch.export`` makes fake copies of parameters where no compiler is tracing yet.
+    Dynamo breaks its graph at a parameter with a gradient of another dtype; reads of ``.grad`` are traced as any tensor's.
     """
+    from torch._dynamo.variables import builder
     from torch._subclasses import meta_utils
 
     gradient = meta_utils.safe_grad
@@ -47,6 +48,7 @@ def hide_from_fakes(is_other: Callable[[Tensor], bool]) -> None:
         return None if is_other(tensor) else gradient(tensor)
 
     meta_utils.safe_grad = hiding  # type: ignore[assignment]
+    builder.safe_grad = hiding  # type: ignore[assignment, attr-defined]
 
 
 def trace_as_parameter(kind: type[nn.Parameter]) -> None:
