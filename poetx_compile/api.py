@@ -11,12 +11,14 @@ from torch import fx, nn
 from torch.optim import Optimizer
 
 from . import conversion, stand_in
+from ._torch.compilers import run_once
+from ._torch.data_parallel import distributed_wrapper
 from ._torch.optimizers import live_optimizers
-from .backend import Compiled, convert
-from .config import PoetxConfig, split_options
+from .backend import Compiled, convert, settings
+from .config import PoetxConfig
 from .errors import PoetxError
 from .fitting import resolve
-from .optimizer import check_state, undo_raised
+from .optimizer import check_loaded, check_state, undo_raised
 from .registry import factors
 from .report import Report, build_report
 
@@ -40,34 +42,59 @@ def prepare(
         options: as given to ``torch.compile``, or a :class:`PoetxConfig`.
 
     Raises:
-        PoetxError: nothing to convert, an option that cannot be, or an optimizer that cannot train what would be converted.
+        PoetxError: nothing to convert, an option that cannot be, or an optimizer that cannot train what would be converted. No
+            weight was converted then.
     """
-    config = options if isinstance(options, PoetxConfig) else split_options(options, None)[0]
-    refusals: list[PoetxError] = []
-
-    def convert_only(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
-        try:
-            convert(gm, inputs, resolve(gm, inputs, config), optimizer)
-        except PoetxError as refusal:
-            refusals.append(refusal)
-            raise
-        return gm.forward
-
     plain = getattr(model, "_orig_mod", model)
-    try:
-        with _undisturbed(plain), torch.enable_grad():
-            torch.compile(plain, backend=convert_only)(*example_inputs, **example_kwargs)
-    except Exception:  # Dynamo wraps what a backend raises
-        if refusals:
-            raise refusals[0] from None
-        raise
-    converted = factors.of_module(plain)
+    with conversion.undone_if_raised(plain.parameters()):
+        has_graph = _convert(plain, example_inputs, example_kwargs, settings(options)[0], optimizer)
+        converted = factors.of_module(plain)
+        if optimizer is not None:
+            check_state(optimizer)
+        check_loaded(converted)
+        stand_in.pack(converted)
+    if not converted and not has_graph:
+        raise PoetxError(
+            "poetx: Dynamo did not hand over a graph of this model, so nothing could be converted: it is switched off, or has "
+            "given up on the model's code (TORCH_LOGS=recompiles,graph_breaks shows why); switch it on, or call "
+            "torch._dynamo.reset(), and prepare again"
+        )
     if not converted:
         raise PoetxError("poetx: no linear layer of this model can be converted; poetx_compile.report(model) says why")
-    if optimizer is not None:
-        check_state(optimizer)
-    stand_in.pack(converted)
     return build_report(plain)
+
+
+def _convert(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], config: PoetxConfig, trainer: Optimizer | None
+) -> bool:
+    """Run a model once, and convert the weights of its graphs on the way. Returns whether there is a graph."""
+    raised: list[PoetxError] = []
+    graphs: list[fx.GraphModule] = []
+
+    def convert_only(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        graphs.append(gm)
+        try:
+            chosen = resolve(gm, inputs, config)
+            places = [found.index for found, _ in convert(gm, inputs, chosen, trainer)[1]]
+        except PoetxError as refusal:
+            raised.append(refusal)
+            raise
+
+        def run(*inputs: Any) -> Any:
+            if any(factors.of_weight(inputs[place]) is None for place in places):  # of another layer with the same code
+                convert(gm, inputs, chosen, trainer)
+            return gm.forward(*inputs)
+
+        return run
+
+    try:
+        with _undisturbed(model), torch.enable_grad():
+            run_once(model, convert_only, *args, **kwargs)
+    except Exception:  # Dynamo wraps what a backend raises
+        if raised:
+            raise raised[0] from None
+        raise
+    return bool(graphs)
 
 
 def report(model: nn.Module, *, show: bool = True) -> Report:
@@ -86,13 +113,22 @@ def report(model: nn.Module, *, show: bool = True) -> Report:
 def restore(model: nn.Module) -> list[str]:
     """Make every weight of a model ordinary again; the values stay as they were trained.
 
-    The optimizer states of rotations go, since they mean nothing for whole matrices. Compile with another backend to go
-    on: a module compiled with ``poetx`` converts again at its next call.
+    The optimizer states of rotations go, since they mean nothing for whole matrices; those that were loaded, and not used yet,
+    stay. Compile with another backend to go on: a module compiled with ``poetx`` converts again at its next call.
 
     Returns:
         The names of the restored weights.
+
+    Raises:
+        PoetxError: DistributedDataParallel waits for the gradients of rotations.
     """
     undo_raised()
+    reduced = [factor.weight for factor in factors.of_module(model) if factor.is_reduced]
+    if reduced and distributed_wrapper(reduced) is not None:
+        raise PoetxError(
+            "poetx: DistributedDataParallel, which waits for the gradients of this model's rotations, still wraps it; delete the "
+            "wrapper, and then call poetx_compile.restore(model)"
+        )
     restored = []
     optimizers = list(live_optimizers())
     for weight in model.parameters():
@@ -100,7 +136,8 @@ def restore(model: nn.Module) -> list[str]:
         if factor is not None:
             restored.append(factor.name)
             for optimizer in optimizers:
-                optimizer.state.pop(weight, None)
+                if optimizer.state.get(weight, {}).get("poetx_live") == 1:
+                    del optimizer.state[weight]
     return restored
 
 

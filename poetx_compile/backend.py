@@ -34,7 +34,7 @@ def poetx(
     example_inputs: Sequence[Any],
     *,
     mode: str | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | PoetxConfig | None = None,
 ) -> Compiled:
     """Compile a captured graph so that its linear layers learn by rotation.
 
@@ -42,13 +42,33 @@ def poetx(
         gm: what Dynamo captured, parameters among its inputs.
         example_inputs: the live values of its placeholders.
         mode: one of Inductor's modes.
-        options: fields of :class:`PoetxConfig`, and Inductor's own options.
+        options: fields of :class:`PoetxConfig`, and Inductor's own options; or a :class:`PoetxConfig`.
 
     Raises:
-        PoetxError: an option, or a wrapper around the model, that cannot work.
+        PoetxError: an option, or a wrapper around the model, that cannot work. The graph's weights are as they were then.
     """
-    config, patches = split_options(options, mode)
+    config, patches = settings(options, mode)
     live = live_inputs(gm, example_inputs)
+    with conversion.undone_if_raised(value for value in live if isinstance(value, nn.Parameter)):
+        return _compile_rotating(gm, example_inputs, live, config, patches)
+
+
+poetx.takes_stand_ins = True  # type: ignore[attr-defined]
+
+
+def settings(options: Mapping[str, Any] | PoetxConfig | None, mode: str | None = None) -> tuple[PoetxConfig, dict[str, Any]]:
+    """Our settings and Inductor's, of ``torch.compile``'s ``options`` and ``mode``."""
+    if isinstance(options, PoetxConfig):
+        return options, split_options(None, mode)[1]
+    return split_options(options, mode)
+
+
+def _compile_rotating(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], live: list[Any], config: PoetxConfig, patches: dict[str, Any]
+) -> Compiled:
+    """Args:
+    live: ``example_inputs`` with the real tensors behind fake ones.
+    """
     if torch.is_grad_enabled():
         config = resolve(gm, live, config)
         edited, converted = convert(gm, live, config)
@@ -83,9 +103,6 @@ def poetx(
     if not all(factor.is_packed for _, factor in lean):
         retrace.remember(trace, runtime)
     return runtime
-
-
-poetx.takes_stand_ins = True  # type: ignore[attr-defined]
 
 
 def convert(
@@ -187,8 +204,15 @@ class Runtime:
         """The factors of the live weights, each fit to run the model."""
         rehearsal.join()
         optimizer.settle()
-        found: list[tuple[Slot, OrthogonalFactor]] = []
         late = [args[slot.index] for slot in self._slots if factors.of_weight(args[slot.index]) is None]
+        with conversion.undone_if_raised(late):
+            return self._adopted(args, late)
+
+    def _adopted(self, args: Sequence[Any], late: list[nn.Parameter]) -> list[tuple[Slot, OrthogonalFactor]]:
+        """Args:
+        late: those of the weights that have no factor yet.
+        """
+        found: list[tuple[Slot, OrthogonalFactor]] = []
         if late:
             conversion.refuse_distributed(late)
             conversion.remember_alike((args[index], reason) for index, reason in self._left)
@@ -202,6 +226,7 @@ class Runtime:
             found.append((slot, factor))
         unpacked = [factor for _, factor in found if not factor.is_packed]
         if unpacked:
+            optimizer.check_loaded(unpacked)
             stand_in.pack(unpacked)
             notice_changed([factor.weight for factor in unpacked])
         for _, factor in found:

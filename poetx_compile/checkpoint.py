@@ -107,27 +107,24 @@ def start_again(optimizer: Optimizer) -> None:
 def adopt(optimizer: Optimizer) -> bool:
     """Turn loaded entries into live state, for every weight that is converted by now.
 
-    Entries that cannot continue a rotation stay as they are: the optimizer's next step refuses them.
+    Where one of them cannot continue its rotation, all stay as they are: the next forward or step refuses it.
 
     Returns:
         Whether entries remain.
     """
-    waiting = False
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            entry = optimizer.state.get(parameter)
-            if not entry or "poetx_live" not in entry:
-                continue
-            factor = factors.of_weight(parameter)
-            if factor is None or not factor.is_packed or _other_setting(factor, entry) or _other_shape(factor, entry):
-                waiting = True
-                continue
-            live = _decoded(factor, entry)
-            if live:
-                optimizer.state[parameter] = live
-            else:
-                del optimizer.state[parameter]
-    return waiting
+    held = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    loaded = [(weight, entry) for weight in held if "poetx_live" in (entry := optimizer.state.get(weight, {}))]
+    found = [(factor, entry) for weight, entry in loaded if (factor := factors.of_weight(weight)) is not None]
+    if any(_other_setting(factor, entry) or _other_shape(factor, entry) for factor, entry in found):
+        return True
+    ready = [(factor, entry) for factor, entry in found if factor.is_packed]
+    for factor, entry in ready:
+        live = _decoded(factor, entry)
+        if live:
+            optimizer.state[factor.weight] = live
+        else:
+            del optimizer.state[factor.weight]
+    return len(ready) < len(loaded)
 
 
 def _facts(factor: OrthogonalFactor) -> Entry:
@@ -226,7 +223,7 @@ def ordinary(factor: OrthogonalFactor, entry: Entry) -> Entry:
     raise PoetxError(
         f"poetx: the optimizer state of '{factor.name}' comes from ordinary training, or from a checkpoint without poetx's "
         "entries, and cannot continue a rotation. Load only the model's state_dict and start the optimizer anew; or, to go on with "
-        "ordinary training, compile with backend='inductor'"
+        "ordinary training, call poetx_compile.restore(model), and compile with backend='inductor'"
     )
 
 
@@ -245,7 +242,7 @@ def check_settings(factor: OrthogonalFactor, entry: Entry) -> None:
         saved, now = _saved_setting(entry, name), getattr(factor.config, name)
         raise PoetxError(
             f"poetx: the checkpoint's '{factor.name}' was trained with {name}={saved}, this run asks for {now}; pass "
-            f"options={{'{name}': {saved!r}}} to torch.compile"
+            f"options={{'{name}': {saved!r}}} to torch.compile, after poetx_compile.restore(model)"
         )
 
 

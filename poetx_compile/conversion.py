@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import gradient, initial, stand_in
+from . import coverage, gradient, initial, optimizer, stand_in
 from ._torch.data_parallel import active_ddp, distributed_wrapper
 from ._torch.tensors import is_fake
 from .config import PoetxConfig
@@ -31,6 +32,8 @@ _BINDING = {
     SkipReason.GRADIENT_HOOK,
     SkipReason.ZERO,
 }
+_EXPECTED = {SkipReason.FROZEN, SkipReason.EXCLUDED, SkipReason.NOT_A_MATRIX}
+"""Why a weight stays ordinary without surprise."""
 _FIXED = (
     "block_size",
     "chunk",
@@ -166,6 +169,22 @@ def release(weight: nn.Parameter) -> OrthogonalFactor | None:
     return factor
 
 
+@contextmanager
+def undone_if_raised(weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    """If something is raised inside, those of the weights that were converted there are as they were before."""
+    before = [(weight, weight.grad, skip_reason(weight)) for weight in weights if factors.of_weight(weight) is None]
+    try:
+        yield
+    except BaseException:
+        optimizer.part([factor for weight, *_ in before if (factor := factors.of_weight(weight)) is not None])
+        for weight, grad, reason in before:
+            if release(weight) is not None:
+                weight.grad = grad
+            if reason is not None:
+                _skipped[weight] = reason
+        raise
+
+
 def refuse_distributed(weights: Iterable[nn.Parameter]) -> None:
     """Raises:
     PoetxError: a distributed wrapper manages some of these weights, and would wait for gradients that never come.
@@ -189,6 +208,8 @@ def refuse_distributed(weights: Iterable[nn.Parameter]) -> None:
 def remember(skips: Iterable[Skip]) -> None:
     for skip in skips:
         _skipped[skip.weight] = skip.reason
+        if skip.reason not in _EXPECTED:
+            coverage.leave(skip.weight, skip.name, skip.reason.value)
 
 
 def remember_alike(parameters: Iterable[tuple[nn.Parameter, SkipReason]]) -> None:

@@ -1,16 +1,24 @@
-"""Whether some torch optimizer steps every converted weight: otherwise its rotation never happens, silently."""
+"""Whether an optimizer steps every converted weight, and whether there is any: otherwise no rotation happens, silently."""
 
 from __future__ import annotations
 
 import warnings
 import weakref
 
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
+
 from ._torch.optimizers import live_optimizers
+from ._torch.parameters import modules_with
 from .errors import PoetxWarning
 from .factor import OrthogonalFactor
 from .registry import factors
 
 _unknown: weakref.WeakSet[OrthogonalFactor] = weakref.WeakSet()
+_left: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Matrices that compiled graphs left ordinary since they were last stepped, each with its name and why."""
+_told: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 def watch(factor: OrthogonalFactor) -> None:
@@ -46,3 +54,28 @@ def check() -> None:
             PoetxWarning,
             stacklevel=3,
         )
+
+
+def leave(weight: nn.Parameter, name: str, why: str) -> None:
+    """Note a matrix that a compiled graph leaves ordinary though nobody asked for that."""
+    _left[weight] = name, why
+
+
+def check_rotated(optimizer: Optimizer, is_rotating: bool) -> None:
+    """Warn, once, of an optimizer that steps a compiled model of which nothing is rotated."""
+    if not _left:
+        return
+    held = [(weight, _left.pop(weight)) for group in optimizer.param_groups for weight in group["params"] if weight in _left]
+    if is_rotating or not held or optimizer in _told:
+        return
+    if any(map(factors.of_module, modules_with(weight for weight, _ in held))):
+        return
+    _told.add(optimizer)
+    others = f", and {len(held) - 1} more stay so too" if len(held) > 1 else ""
+    _, (name, why) = held[0]
+    warnings.warn(
+        f"poetx: {type(optimizer).__name__} trains a compiled model of which no weight is rotated: '{name}' is ordinary ({why})"
+        f"{others}. poetx_compile.report(model) says why of each; change the options, or compile with backend='inductor'",
+        PoetxWarning,
+        stacklevel=3,
+    )

@@ -164,7 +164,7 @@ class SkewMuon(AdamW):
     def _entry(self, factor: OrthogonalFactor) -> dict[str, Any]:
         entry = self.state[factor.q]
         if not entry:
-            entry["step"] = torch.zeros(())  # AdamW looks for it in what it loads
+            entry["step"] = torch.zeros((), device="cpu")  # AdamW looks for it in what it loads
             entry["momentum_buffer"] = torch.zeros_like(factor.q)
         return entry
 
@@ -220,14 +220,19 @@ def _check(group: dict[str, Any]) -> None:
     """Raises:
     PoetxError: a setting of rotations that cannot be.
     """
-    coefficients = group["ns_coefficients"]
+    momentum, coefficients = group["momentum"], group["ns_coefficients"]
     wrong = {
-        "momentum": (0 <= group["momentum"] < 1, "from 0 to below 1"),
+        "momentum": (isinstance(momentum, (int, float)) and 0 <= momentum < 1, "from 0 to below 1"),
         "ns_steps": (
             isinstance(group["ns_steps"], int) and 1 <= group["ns_steps"] <= _MOST_STEPS,
             f"from 1 to {_MOST_STEPS}",
         ),
-        "ns_coefficients": (isinstance(coefficients, (tuple, list)) and len(coefficients) == 3, "three numbers"),
+        "ns_coefficients": (
+            isinstance(coefficients, (tuple, list))
+            and len(coefficients) == 3
+            and all(isinstance(each, (int, float)) for each in coefficients),
+            "three numbers",
+        ),
         "adjust_lr_fn": (group["adjust_lr_fn"] in ADJUSTMENTS, f"one of {', '.join(ADJUSTMENTS)}"),
     }
     for name, (is_right, wanted) in wrong.items():

@@ -10,8 +10,8 @@ import functools
 import logging
 import threading
 import weakref
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Collection, Iterable
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -36,9 +36,10 @@ _REFUSED = {
     "Muon": "it orthogonalises matrices, which poetx_compile.optim.SkewMuon does for rotations",
     "ZeroRedundancyOptimizer": "it would send the whole weight to all ranks at every step",
 }
-
-
 _ADAMS = {"Adam", "AdamW", "NAdam", "RAdam"}
+
+Slot: TypeAlias = tuple[OrthogonalFactor, dict[str, Any], int]
+"""A factor, the group of an optimizer that holds its weight or ``q``, and its place there."""
 
 
 class _Steps(threading.local):
@@ -91,6 +92,16 @@ def join_running_step() -> None:
         _enter(optimizer)
 
 
+def part(given_up: Collection[OrthogonalFactor]) -> None:
+    """Take rotations that are given up out of the steps that run. What is loaded of them waits for another conversion."""
+    for optimizer in _steps.running:
+        _leave(optimizer, given_up)
+    weights = [factor.weight for factor in given_up]
+    for optimizer in live_optimizers() if weights else ():
+        if any("poetx_live" in optimizer.state.get(weight, {}) for weight in weights):
+            _loaded.add(optimizer)
+
+
 def check_clean(factor: OrthogonalFactor) -> None:
     """Refuse to run the model while a rotation waits to be folded.
 
@@ -103,7 +114,7 @@ def check_clean(factor: OrthogonalFactor) -> None:
         raise PoetxError(
             f"poetx: {type(_steps.running[-1]).__name__} moved the rotation of '{factor.name}' and ran the model again before "
             "step() ended. Optimizers that evaluate the model at trial points (SAM, line search) cannot train rotations: use "
-            "another optimizer, or leave this weight out with options={'exclude': [...]}"
+            "another optimizer; or call poetx_compile.restore(model), and leave this weight out with options={'exclude': [...]}"
         )
     factor.clear()
 
@@ -128,8 +139,26 @@ def check_state(optimizer: Optimizer) -> None:
     """Raises:
     PoetxError: what an optimizer keeps of a converted weight cannot go on as that of a rotation.
     """
-    for factor, group, _ in _slots(optimizer):
-        _usable_entry(optimizer, group, factor)
+    _usable_entries(optimizer, _slots(optimizer))
+
+
+def check_loaded(waiting: Collection[OrthogonalFactor]) -> None:
+    """Of weights that are about to be stored as their factors say.
+
+    Raises:
+        PoetxError: an optimizer that holds one of them has loaded state of other settings.
+    """
+    for optimizer in list(_loaded):
+        slots = _slots(optimizer)
+        if any(factor in waiting for factor, *_ in slots):
+            _check_settings(optimizer, slots)
+
+
+def _check_settings(optimizer: Optimizer, slots: Iterable[Slot]) -> None:
+    for factor, *_ in slots:
+        entry = optimizer.state.get(factor.weight, {})
+        if "poetx_live" in entry:
+            checkpoint.check_settings(factor, entry)
 
 
 def _note_loaded(optimizer: Optimizer) -> None:
@@ -193,6 +222,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _steps.running:
         _count()
     coverage.check()
+    coverage.check_rotated(optimizer, bool(stepped))
 
 
 def _count() -> None:
@@ -208,8 +238,8 @@ def _count() -> None:
     _steps.finished.clear()
 
 
-def _slots(optimizer: Optimizer) -> list[tuple[OrthogonalFactor, dict[str, Any], int]]:
-    """The factors whose weight, or ``q``, an optimizer holds, each with its group and its place there."""
+def _slots(optimizer: Optimizer) -> list[Slot]:
+    """Of the factors whose weight, or ``q``, an optimizer holds."""
     return [
         (factor, group, index)
         for group in optimizer.param_groups
@@ -225,7 +255,7 @@ def _enter(optimizer: Optimizer) -> None:
         PoetxError: this optimizer, or its state, cannot train a rotation. Nothing was changed then.
     """
     slots = _slots(optimizer)
-    entries = [_usable_entry(optimizer, group, factor) for factor, group, _ in slots]
+    entries = _usable_entries(optimizer, slots)
     if optimizer in _loaded:
         _refuse_orphans(optimizer)
     for (factor, group, index), entry in zip(slots, entries):
@@ -257,9 +287,15 @@ def _refuse_kind(optimizer: Optimizer, name: str) -> None:
     for kind in _names(optimizer):
         if kind in _REFUSED:
             raise PoetxError(
-                f"poetx: {kind} cannot train the rotation of '{name}': {_REFUSED[kind]}. Give this weight to another "
-                f"optimizer, AdamW for instance, or leave it out with options={{'exclude': ['{name}']}}"
+                f"poetx: {kind} cannot train the rotation of '{name}': {_REFUSED[kind]}. Give this weight to another optimizer, "
+                "AdamW for instance; or call poetx_compile.restore(model), and leave the weight out with "
+                f"options={{'exclude': ['{name}']}}"
             )
+
+
+def _usable_entries(optimizer: Optimizer, slots: Iterable[Slot]) -> list[checkpoint.Entry | None]:
+    _check_settings(optimizer, slots)
+    return [_usable_entry(optimizer, group, factor) for factor, group, _ in slots]
 
 
 def _usable_entry(optimizer: Optimizer, group: dict[str, Any], factor: OrthogonalFactor) -> checkpoint.Entry | None:
@@ -270,7 +306,6 @@ def _usable_entry(optimizer: Optimizer, group: dict[str, Any], factor: Orthogona
         return None
     if "poetx_live" not in entry:
         return checkpoint.ordinary(factor, entry)
-    checkpoint.check_settings(factor, entry)
     if checkpoint.is_saved(entry):
         raise PoetxError(
             f"poetx: the state of {type(optimizer).__name__} was loaded after this step's forward, so its gradients belong "
@@ -300,9 +335,15 @@ def _fresh_entry(
     }
 
 
-def _leave(optimizer: Optimizer) -> list[tuple[OrthogonalFactor, dict[str, Any]]]:
-    """Put every ``W`` back in its place, and tag its state. Returns the factors that took part, each with its group."""
-    slots = _slots(optimizer)
+def _leave(
+    optimizer: Optimizer, leaving: Collection[OrthogonalFactor] | None = None
+) -> list[tuple[OrthogonalFactor, dict[str, Any]]]:
+    """Put every ``W`` back in its place, or those that are ``leaving``, and tag its state.
+
+    Returns:
+        The factors that took part, each with its group.
+    """
+    slots = [slot for slot in _slots(optimizer) if leaving is None or slot[0] in leaving]
     for factor, group, index in slots:
         group["params"][index] = factor.weight
         if factor.q in optimizer.state:

@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Experts, factor_of, loss, network, rotating, train, values
+from helpers import OPTIONS, Experts, factor_of, loss, network, rotating, train, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn, optim
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.optim import Optimizer
 
-from poetx_compile import PoetxError, PoetxWarning
+import poetx_compile
+from poetx_compile import PoetxError, PoetxWarning, backend
 from poetx_compile.registry import factors
 
 exact = partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -379,6 +381,75 @@ class TestRefusals:
         with pytest.raises(PoetxError, match=rf"'0\.weight' was trained with {name}={saved}.*options={{'{name}': {saved}}}"):
             run.train(2, 3)
         assert factor_of(run.model[0].weight).steps == 0
+
+    @pytest.mark.parametrize("load", [before_compilation, after_the_first_forward])
+    @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+    def test_what_they_say_goes_on_exactly(self, dtype: str, load: Callable[[Run, io.BytesIO], None]) -> None:
+        run = Run(dtype=DTYPES[dtype], block_size=8, permutation_period=3).compile().train(0, 4)
+        resumed = Run(dtype=DTYPES[dtype], block_size=16, permutation_period=3)
+        load(resumed, run.save())
+        with pytest.raises(
+            PoetxError, match=r"pass options={'block_size': 8} to torch.compile, after poetx_compile.restore"
+        ):
+            resumed.train(4, 5)
+        resumed.optimizer.zero_grad()
+        resumed.options["block_size"] = 8
+        assert poetx_compile.restore(resumed.model) == ["0.weight", "2.weight"]
+        resumed.compile().train(4, LAST)
+        exact(values(resumed.model), values(run.train(4, LAST).model))
+        exact(state(resumed.save()), state(run.save()))
+
+    def test_of_one_weight_keeps_the_state_of_all(self) -> None:
+        saved = read(Run().compile().train(0, 2).save())
+        saved["optimizer"]["state"][2]["poetx_block_size"] = 8
+        file = io.BytesIO()
+        torch.save(saved, file)
+        run = Run().load(file).compile()
+        with pytest.raises(PoetxError, match=r"'2\.weight' was trained with block_size=8"):
+            run.train(2, 3)
+        poetx_compile.restore(run.model)
+        assert all(run.optimizer.state[run.model[layer].weight]["poetx_live"] == 0 for layer in (0, 2))
+
+    @pytest.mark.parametrize("convert", ["prepare", "forward"])
+    def test_another_storage_before_any_weight_is_rounded(self, convert: str) -> None:
+        make = partial(Run, dtype=torch.bfloat16, permutation_period=3)
+        run = make().compile().train(0, 4)
+        resumed, file = make(storage="int8").compile(), run.save()
+        resumed.load(file)
+        before = values(resumed.model)
+        with pytest.raises(PoetxError, match=r"trained with storage=folded, this run asks for int8"):
+            if convert == "forward":
+                resumed.forward()
+            else:
+                x = torch.randn(8, 22).bfloat16()
+                poetx_compile.prepare(resumed.model, x, options=OPTIONS | resumed.options)
+        exact(values(resumed.model), before)
+        poetx_compile.restore(resumed.model)
+        exact(values(resumed.model), before)
+        resumed.options["storage"] = "folded"
+        exact(values(resumed.compile().train(4, LAST).model), values(run.train(4, LAST).model))
+
+    def test_another_storage_after_weights_were_rounded(self) -> None:
+        file = Run(dtype=torch.bfloat16).compile().train(0, 2).save()
+        run = Run(dtype=torch.bfloat16, storage="int8").compile()
+        loss(run.compiled, 2, torch.bfloat16).backward()
+        run.load(file)
+        with pytest.raises(PoetxError, match=r"trained with storage=folded, this run asks for int8"):
+            run.optimizer.step()
+
+    @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+    def test_a_compilation_that_fails_keeps_what_was_loaded(self, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        make = partial(Run, dtype=DTYPES[dtype], permutation_period=3)
+        run = make().compile().train(0, 4)
+        resumed = make().load(run.save()).compile()
+        torch._dynamo.reset()
+        with monkeypatch.context() as failing, pytest.raises(BackendCompilerFailed, match="ZeroDivisionError"):
+            failing.setattr(backend, "compile_with_aot_eager", lambda *_: 1 / 0)
+            resumed.forward()
+        assert not factors.of_module(resumed.model)
+        resumed.train(4, LAST)
+        exact(values(resumed.model), values(run.train(4, LAST).model))
+        exact(state(resumed.save()), state(run.save()))
 
     def test_an_automatic_chunk_is_the_one_that_it_stands_for(self) -> None:
         run = Run(block_size=8, chunk=8).compile().train(0, 3)

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import factor_of
-from torch import Tensor, nn
+from helpers import factor_of, values
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
-from poetx_compile import PoetxConfig, PoetxError, conversion
+import poetx_compile
+from poetx_compile import PoetxConfig, PoetxError, backend, conversion
 from poetx_compile.passes import SkipReason
 from poetx_compile.registry import factors
 
@@ -87,6 +89,17 @@ class TestLateAdoption:
             rotating(second)(x)
         assert factors.of_weight(second.weight) is None
 
+    def test_where_one_is_refused_none_is_converted(self) -> None:
+        first, second, x = Model(), Model(), torch.randn(4, 32)
+        nn.init.zeros_(second.last.weight)
+        rotating(first)(x)
+        second.body.weight.grad = torch.ones(48, 32)
+        with pytest.raises(PoetxError, match=r"'last\.weight' shares compiled code with a converted weight"):
+            rotating(second)(x)
+        assert not factors.of_module(second)
+        assert torch.equal(second.body.weight.grad, torch.ones(48, 32))
+        assert len(factors.of_module(first)) == 2
+
 
 class TestRelease:
     def test_the_weight_trains_as_an_ordinary_one_again(self) -> None:
@@ -145,6 +158,197 @@ def train(compiled: Callable[..., Tensor], model: nn.Module, batches: list[tuple
         optimizer.zero_grad()
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.fc(x))
+
+
+class TestPrepare:
+    """Any model, any number of times, and Dynamo goes on as if nothing had been compiled."""
+
+    def test_layers_one_by_one(self) -> None:
+        layers = [Block() for _ in range(12)]
+        for layer in layers:
+            assert poetx_compile.prepare(layer, torch.randn(4, 32), options=OPTIONS).rows[0].converted
+
+    def test_one_model_many_times_and_then_training(self) -> None:
+        graphs = []
+
+        def counted(gm: fx.GraphModule, inputs: Any) -> Any:
+            graphs.append(gm)
+            return backend.poetx(gm, inputs, options=OPTIONS)
+
+        model = Block()
+        for _ in range(torch._dynamo.config.recompile_limit):
+            poetx_compile.prepare(model, torch.randn(4, 32), options=OPTIONS)
+        torch.compile(model, backend=counted)(torch.randn(4, 32)).sum().backward()
+        assert len(graphs) == 1
+
+    def test_between_two_steps(self) -> None:
+        def trained(is_prepared: bool) -> list[Tensor]:
+            torch.manual_seed(0)
+            model = Model()
+            compiled = rotating(model)
+            batches = [(torch.randn(8, 32),) for _ in range(2)]
+            train(compiled, model, batches)
+            if is_prepared:
+                poetx_compile.prepare(model, batches[0][0], options=OPTIONS)
+            train(compiled, model, batches)
+            return values(model)
+
+        assert all(map(torch.equal, trained(True), trained(False)))
+
+    def test_layers_of_one_code_in_graphs_of_their_own(self) -> None:
+        class Broken(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layers = nn.ModuleList(Block() for _ in range(4))
+
+            def forward(self, x: Tensor) -> Tensor:
+                for layer in self.layers:
+                    torch._dynamo.graph_break()
+                    x = layer(x)
+                return x
+
+        model = Broken()
+        poetx_compile.prepare(model, torch.randn(4, 32), options=OPTIONS)
+        assert len(factors.of_module(model)) == 4
+
+    def test_says_so_where_dynamo_does_nothing(self) -> None:
+        with (
+            torch.compiler.set_stance("force_eager"),
+            pytest.raises(PoetxError, match="Dynamo did not hand over a graph of this model"),
+        ):
+            poetx_compile.prepare(Block(), torch.randn(4, 32), options=OPTIONS)
+
+    def test_says_so_where_nothing_can_be_converted(self) -> None:
+        model = Block()
+        nn.init.zeros_(model.fc.weight)
+        with pytest.raises(PoetxError, match="no linear layer of this model can be converted"):
+            poetx_compile.prepare(model, torch.randn(4, 32), options=OPTIONS)
+        assert conversion.skip_reason(model.fc.weight) is SkipReason.ZERO  # which the report shows
+
+    @pytest.mark.parametrize("storage", ["folded", "int8"])
+    def test_with_an_optimizer_whose_state_cannot_go_on_converts_nothing(self, storage: str) -> None:
+        model, x = Block().bfloat16(), torch.randn(4, 32).bfloat16()
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(x).sum().backward()
+        optimizer.step()
+        before, grad = values(model), model.fc.weight.grad
+        with pytest.raises(PoetxError, match=r"'fc\.weight' comes from ordinary training"):
+            poetx_compile.prepare(model, x, optimizer=optimizer, options=OPTIONS | {"storage": storage})
+        assert not factors.of_module(model)
+        assert type(model.fc.weight) is nn.Parameter
+        assert model.fc.weight.grad is grad
+        assert all(map(torch.equal, values(model), before))
+
+
+class TestAfterFailedCompilation:
+    @pytest.fixture(autouse=True)
+    def failing(self, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+        """The inner compiler fails until this is undone."""
+
+        monkeypatch.setattr(backend, "compile_with_aot_eager", lambda *_: 1 / 0)
+        return monkeypatch
+
+    def test_weights_train_as_ordinary_ones(self) -> None:
+        model, x = Model(), torch.randn(8, 32)
+        model(x).sum().backward()
+        grads = [parameter.grad for parameter in model.parameters()]
+        with pytest.raises(BackendCompilerFailed, match="ZeroDivisionError"):
+            rotating(model)(x)
+        assert not factors.of_module(model)
+        assert all(parameter.grad is grad for parameter, grad in zip(model.parameters(), grads))
+        torch.compile(model, backend="aot_eager")(x).sum().backward()
+        assert model.body.weight.grad.shape == (48, 32)
+
+    def test_reasons_are_forgotten(self, failing: pytest.MonkeyPatch) -> None:
+        model, x = Model(), torch.randn(8, 32)
+        with pytest.raises(BackendCompilerFailed):
+            rotating(model, heads=["last"])(x)
+        failing.undo()
+        rotating(model, heads=[])(x)
+        assert len(factors.of_module(model)) == 2
+
+    def test_what_was_converted_before_stays(self, failing: pytest.MonkeyPatch) -> None:
+        model, other, x = Block(), Block(), torch.randn(8, 32)
+        failing.undo()
+        rotating(model)(x)
+        failing.setattr(backend, "compile_with_aot_eager", lambda *_: 1 / 0)
+        both = nn.Sequential(model, other)
+        with pytest.raises(BackendCompilerFailed, match="ZeroDivisionError"):
+            rotating(both)(x)
+        assert factors.of_weight(model.fc.weight)
+        assert factors.of_weight(other.fc.weight) is None
+
+    def test_a_running_step_goes_on_without_them(self, failing: pytest.MonkeyPatch) -> None:
+        model, x = Model(), torch.randn(8, 32)
+        plain = Model()
+        plain.load_state_dict(model.state_dict())
+        optimizers = [torch.optim.AdamW(each.parameters(), 1e-2) for each in (model, plain)]
+
+        def closure() -> Tensor:
+            with pytest.raises(BackendCompilerFailed):
+                rotating(model)(x)
+            value = model(x).square().mean()
+            value.backward()
+            return value
+
+        optimizers[0].step(closure)
+        plain(x).square().mean().backward()
+        optimizers[1].step()
+        assert all(map(torch.equal, values(model), values(plain)))
+        assert optimizers[0].param_groups[0]["params"][0] is model.body.weight
+
+
+class TestRestore:
+    def test_ordinary_training_goes_on_where_it_was(self) -> None:
+        """As the refusal of its state says."""
+        model, x = Model(), torch.randn(8, 32)
+        plain = Model()
+        plain.load_state_dict(model.state_dict())
+        optimizers = [torch.optim.AdamW(each.parameters(), 1e-2) for each in (model, plain)]
+
+        def step(compiled: Callable[..., Tensor], optimizer: torch.optim.Optimizer) -> None:
+            optimizer.zero_grad()
+            compiled(x).square().mean().backward()
+            optimizer.step()
+
+        step(model, optimizers[0])
+        with pytest.raises(PoetxError, match=r"call poetx_compile\.restore\(model\), and compile with backend='inductor'"):
+            step(rotating(model), optimizers[0])
+        poetx_compile.restore(model)
+        step(torch.compile(model, backend="aot_eager"), optimizers[0])
+        for _ in range(2):
+            step(plain, optimizers[1])
+        for now, expected in zip(model.parameters(), plain.parameters()):
+            torch.testing.assert_close(now, expected)
+
+    def test_is_refused_while_ddp_waits_for_rotations(self) -> None:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            model, x = Block(), torch.randn(4, 32)
+            poetx_compile.prepare(model, x, options=OPTIONS)
+            wrapper = nn.parallel.DistributedDataParallel(model)
+            with pytest.raises(PoetxError, match=r"DistributedDataParallel.* still wraps it; delete the wrapper"):
+                poetx_compile.restore(model)
+            assert factors.of_weight(model.fc.weight)
+            del wrapper
+            assert poetx_compile.restore(model) == ["fc.weight"]
+        finally:
+            torch.distributed.destroy_process_group()
+
+
+def test_a_config_serves_as_options() -> None:
+    model = Block()
+    torch.compile(model, backend="poetx", options=CONFIG)(torch.randn(4, 32)).sum().backward()  # type: ignore[arg-type]
+    assert factor_of(model.fc.weight).config == CONFIG
+
+
 class TestReasonsThatBind:
     """What began to train as a matrix goes on as one, though a later graph sees it otherwise."""
 
@@ -179,6 +383,7 @@ class TestReasonsThatBind:
             hook.remove()
         assert conversion.skip_reason(model.last.weight) is SkipReason.GRADIENT_HOOK
 
+    @pytest.mark.filterwarnings("ignore:.*of which no weight is rotated")
     def test_a_learned_query_whose_batch_size_becomes_symbolic(self) -> None:
         class Queries(nn.Module):
             def __init__(self) -> None:

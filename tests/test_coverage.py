@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -68,3 +69,70 @@ def test_frozen_and_ordinary_parameters_need_none() -> None:
     model = network()
     model[2].weight.requires_grad_(False)
     train(rotating(model), optim.AdamW(model[0].parameters(), lr=0.01), range(2))
+
+
+# --- Nothing is rotated ----------------------------------------------------------------------------------------------
+
+NOTHING = r"AdamW trains a compiled model of which no weight is rotated: '0\.weight' is ordinary \(shorter than a chunk"
+
+
+def short() -> nn.Sequential:
+    """Like :func:`network`, of layers that are shorter than a chunk of 64."""
+    return nn.Sequential(nn.Linear(22, 28), nn.Tanh(), nn.Linear(28, 20)).double()
+
+
+def compiled(model: nn.Module) -> Any:
+    return rotating(model, block_size=64, chunk=64)
+
+
+def test_a_model_of_which_nothing_is_rotated_is_announced_once() -> None:
+    model = short()
+    optimizer = optim.AdamW(model.parameters(), lr=0.01)
+    with pytest.warns(PoetxWarning, match=NOTHING + r".*, and 1 more stay so too\. poetx_compile\.report") as said:
+        train(compiled(model), optimizer, range(3))
+        torch._dynamo.reset()
+        train(compiled(model), optimizer, range(3))
+    assert len(said) == 1
+
+
+def test_it_is_said_of_each_optimizer() -> None:
+    for _ in range(2):
+        torch._dynamo.reset()
+        model = short()
+        with pytest.warns(PoetxWarning, match=NOTHING):
+            train(compiled(model), optim.AdamW(model.parameters(), lr=0.01), range(1))
+
+
+def test_beside_rotations_of_another_model() -> None:
+    model, other = short(), network()
+    train(rotating(other), optim.AdamW(other.parameters(), lr=0.01), range(1))
+    with pytest.warns(PoetxWarning, match=NOTHING):
+        train(compiled(model), optim.AdamW(model.parameters(), lr=0.01), range(1))
+
+
+def test_what_was_asked_for_is_no_surprise() -> None:
+    model = network()
+    train(rotating(model, exclude=["*"]), optim.AdamW(model.parameters(), lr=0.01), range(2))
+
+
+def test_an_optimizer_of_ordinary_parameters_beside_one_of_rotations() -> None:
+    model = nn.Sequential(*network(), nn.Linear(20, 3).double(), nn.Linear(3, 20).double())
+    rotations = optim.AdamW(model[:4].parameters(), lr=0.01)
+    rest = optim.AdamW(model[4:].parameters(), lr=0.01)
+    run = rotating(model)
+    for step in range(2):
+        loss(run, step).backward()
+        rest.step()
+        rotations.step()
+
+
+def test_inference_and_other_models_hear_nothing() -> None:
+    model, other = short(), network()
+    with torch.no_grad():
+        compiled(model)(torch.ones(2, 22, dtype=torch.float64))
+    loss(model, 0).backward()
+    optim.AdamW(model.parameters(), lr=0.01).step()
+    torch._dynamo.reset()
+    compiled(model)(torch.ones(2, 22, dtype=torch.float64))
+    loss(other, 0).backward()
+    optim.AdamW(other.parameters(), lr=0.01).step()

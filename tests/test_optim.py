@@ -338,10 +338,12 @@ class TestRefusals:
         [
             ({"momentum": 1.0}, "momentum must be from 0 to below 1, not 1.0"),
             ({"momentum": -0.1}, "momentum must be from 0 to below 1"),
+            ({"momentum": "x"}, "momentum must be from 0 to below 1, not 'x'"),
             ({"momentum": 0.0}, "nesterov=True needs momentum above 0"),
             ({"ns_steps": 0}, "ns_steps must be from 1 to 99, not 0"),
             ({"ns_steps": 2.5}, "ns_steps must be from 1 to 99"),
             ({"ns_coefficients": (1.0, 2.0)}, "ns_coefficients must be three numbers"),
+            ({"ns_coefficients": ("a", 1, 2)}, "ns_coefficients must be three numbers"),
             ({"adjust_lr_fn": "rms"}, "adjust_lr_fn must be one of match_rms_adamw, original, not 'rms'"),
         ],
     )

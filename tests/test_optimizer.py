@@ -20,12 +20,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optimizers import FUSED, OPTIMIZERS, REFUSED
 from torch import Tensor, nn, optim
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import poetx_compile
 from poetx_compile import PoetxError
 from poetx_compile.optim import SkewMuon
+from poetx_compile.registry import factors
 
 exact = partial(torch.testing.assert_close, rtol=0, atol=0)
 close = partial(torch.testing.assert_close, rtol=0, atol=1e-10)
@@ -620,11 +623,32 @@ class TestRefusals:
             value.backward()
             return value
 
-        with pytest.raises(Exception, match="LBFGS cannot train the rotation"):
-            optimizer.step(closure)
-        with pytest.raises(PoetxError, match="LBFGS cannot train the rotation"):
-            optimizer.step(closure)
+        for _ in range(2):
+            with pytest.raises(BackendCompilerFailed, match="LBFGS cannot train the rotation"):
+                optimizer.step(closure)
+            assert not factors.of_module(model)
         self.after_refusal(model, optimizer, before)
+
+    def test_one_that_leaves_all_weights_out_after_restore(self) -> None:
+        """As the sentence says."""
+        model = network()
+        optimizer = optim.LBFGS(model.parameters(), max_iter=2)
+        value = loss(rotating(model), 0)
+        value.backward()
+        with pytest.raises(PoetxError, match=r"call poetx_compile\.restore\(model\), and leave the weight out"):
+            optimizer.step(lambda: value)
+        assert poetx_compile.restore(model) == ["0.weight", "2.weight"]
+        compiled = rotating(model, exclude=["*"])
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            value = loss(compiled, 0)
+            value.backward()
+            return value
+
+        before = values(model)
+        optimizer.step(closure)
+        assert not torch.equal(model[0].weight, before[0])
 
     def test_a_forward_at_a_perturbed_point(self) -> None:
         model = network()

@@ -27,6 +27,7 @@ from poetx_compile.testing.strategies import models
 OPTIONS: dict[str, Any] = {"block_size": 8, "chunk": 4, "include_conv": True}
 
 
+@pytest.mark.filterwarnings("ignore:.*of which no weight is rotated")
 @settings(max_examples=12)
 @given(models())
 def test_random_models(drawn: tuple[nn.Module, Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import CodeType
 from typing import Any, get_origin
 
 import torch
@@ -59,6 +60,29 @@ def partition_with_inductor(
     return partitioned
 
 
+def run_once(function: Callable[..., Any], backend: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a function as ``torch.compile`` would, and let Dynamo forget what it compiled for it.
+
+    So it counts against no limit of recompilations, and Dynamo does not keep ``backend``. What was compiled of the same code before
+    is forgotten too: its next call compiles again.
+    """
+    from torch._dynamo import config, convert_frame, eval_frame
+
+    compiled: list[CodeType] = []
+    hook = convert_frame.register_bytecode_hook(lambda code, _: compiled.append(code))
+    limits = {name: 2 * getattr(config, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
+    try:
+        with config.patch(limits):
+            return torch.compile(function, backend=backend)(*args, **kwargs)
+    finally:
+        hook.remove()
+        for code in compiled:
+            eval_frame.remove_from_cache(code)
+        for key, kept in list(eval_frame.cached_backends.items()):
+            if getattr(kept, "compiler_fn", kept) is backend:
+                del eval_frame.cached_backends[key]
+
+
 def activation_budget(share: float) -> AbstractContextManager[Any]:
     """What is compiled inside saves at most this share of its activations, and computes the others again; 1 changes nothing."""
     from torch._functorch import config
@@ -88,6 +112,11 @@ def inductor_modes() -> dict[str, dict[str, Any]]:
 def global_state_check() -> Callable[[], bool]:
     """Whether what Dynamo guards beside a graph's inputs, gradients on and autocast among it, is as it is now."""
     return GlobalStateGuard().check
+
+
+def is_tracing() -> bool:
+    """Whether a compiler is looking at tensors just now, rather than a training loop."""
+    return torch._guards.TracingContext.try_get() is not None
 
 
 def graph_break() -> None:

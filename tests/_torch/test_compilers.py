@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from captured import Backend, Compiled, Net, placeholders
 from torch import Tensor, fx, nn
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._subclasses.fake_tensor import is_fake
 
 from poetx_compile._torch.compilers import (
@@ -19,7 +22,9 @@ from poetx_compile._torch.compilers import (
     inductor_modes,
     inductor_option_names,
     inductor_option_type,
+    is_tracing,
     partition_with_inductor,
+    run_once,
 )
 from poetx_compile._torch.graphs import add_input, copy_graph, fake_inputs, live_inputs
 from poetx_compile._torch.tensors import fake_tensors
@@ -151,6 +156,67 @@ def test_global_state_is_compared_with_that_of_another_time() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert not is_same()
     assert is_same()
+
+
+def test_what_runs_once_leaves_neither_code_nor_backend_behind() -> None:
+    calls: list[str] = []
+
+    def backend_named(name: str) -> Backend:
+        def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+            calls.append(name)
+            return gm.forward
+
+        return backend
+
+    net, x = Net(), torch.ones(2, 3)
+    expected = net(x)
+    kept: list[weakref.ref[Backend]] = []
+    for _ in range(torch._dynamo.config.recompile_limit + 1):
+        once = backend_named("once")
+        kept.append(weakref.ref(once))
+        assert torch.equal(run_once(net, once, x), expected)
+        assert not _debug_get_cache_entry_list(Net.forward.__code__)
+    assert calls == ["once"] * len(kept)
+    del once
+    gc.collect()
+    assert not any(backend() for backend in kept)
+
+    lasting = torch.compile(net, backend=backend_named("lasting"))
+    lasting(x)
+    run_once(net, backend_named("between"), x)
+    lasting(x)
+    assert calls[len(kept) :] == ["lasting", "between", "lasting"]
+
+
+def test_what_runs_once_may_be_compiled_where_the_limit_of_others_is_reached() -> None:
+    net, calls = Net(), []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        calls.append(inputs)
+        return gm.forward
+
+    with torch._dynamo.config.patch(recompile_limit=1):
+        torch.compile(net, backend=lambda gm, _: gm.forward)(torch.ones(2, 3))
+        run_once(net, backend, torch.ones(2, 3))
+    assert len(calls) == 1
+
+
+def test_a_backend_call_is_tracing_and_the_code_it_makes_is_not() -> None:
+    tracing: list[bool] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        tracing.append(is_tracing())
+
+        def run(*args: Any) -> Any:
+            tracing.append(is_tracing())
+            return gm.forward(*args)
+
+        return run
+
+    assert not is_tracing()
+    torch.compile(Net(), backend=backend)(torch.ones(2, 3))
+    assert tracing == [True, False]
+    assert not is_tracing()
 
 
 def test_graph_break_ends_a_graph_and_is_nothing_elsewhere() -> None:

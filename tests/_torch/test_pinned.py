@@ -17,7 +17,9 @@ PINNED = {
         "inductor_modes",
         "inductor_option_names",
         "inductor_option_type",
+        "is_tracing",
         "partition_with_inductor",
+        "run_once",
     ],
     "data_parallel": [
         "_data_parallel",
