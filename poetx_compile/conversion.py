@@ -161,6 +161,7 @@ def adopt_late(
 def release(weight: nn.Parameter) -> OrthogonalFactor | None:
     """Make a weight ordinary again. Its values stay; its gradient, if it was a rotation's, goes."""
     _skipped.pop(weight, None)
+    coverage.let_go(weight)
     factor = factors.of_weight(weight)
     if factor is not None:
         weight.grad = None

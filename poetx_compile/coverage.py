@@ -61,6 +61,11 @@ def leave(weight: nn.Parameter, name: str, why: str) -> None:
     _left[weight] = name, why
 
 
+def let_go(weight: nn.Parameter) -> None:
+    """Forget what :func:`leave` noted of a matrix: no compilation of ours counts for it any more."""
+    _left.pop(weight, None)
+
+
 def check_rotated(optimizer: Optimizer, is_rotating: bool) -> None:
     """Warn, once, of an optimizer that steps a compiled model of which nothing is rotated."""
     if not _left:

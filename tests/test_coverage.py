@@ -11,7 +11,7 @@ from helpers import loss, network, rotating, train
 from torch import nn, optim
 from torch.nn.utils import clip_grad_norm_
 
-from poetx_compile import PoetxWarning
+from poetx_compile import PoetxWarning, restore
 
 NOT_HELD = r"no torch\.optim\.Optimizer holds it.*exclude"
 
@@ -124,6 +124,13 @@ def test_an_optimizer_of_ordinary_parameters_beside_one_of_rotations() -> None:
         loss(run, step).backward()
         rest.step()
         rotations.step()
+
+
+def test_a_model_that_was_restored_hears_nothing() -> None:
+    model = short()
+    loss(compiled(model), 0).backward()
+    restore(model)
+    optim.AdamW(model.parameters(), lr=0.01).step()
 
 
 def test_inference_and_other_models_hear_nothing() -> None:
