@@ -21,7 +21,7 @@ from .config import PoetxConfig
 from .factor import OrthogonalFactor
 from .kernels import HALF
 from .ladder import Chosen
-from .passes import is_named
+from .passes import all_names, is_named
 from .registry import factors
 
 _ASSUMED_STATES = 2
@@ -162,7 +162,7 @@ def _unmatched(model: nn.Module, configs: Iterable[PoetxConfig]) -> tuple[str, .
     patterns = dict.fromkeys(pattern for config in configs for pattern in config.exclude)
     if not patterns:
         return ()
-    whole = [name.replace("_orig_mod.", "").split(".") for name, _ in model.named_parameters(remove_duplicate=False)]
+    whole = [name.split(".") for name, _ in all_names(model)]
     names = {".".join(parts[start:]) for parts in whole for start in range(len(parts))}
     return tuple(pattern for pattern in patterns if not any(is_named(name, (pattern,)) for name in names))
 

@@ -3,7 +3,7 @@
 normalize -> uses -> match -> plan -> rewrite -> supply
 """
 
-from .match import LinearMatch, Skip, SkipReason, is_named, match, unfit
+from .match import LinearMatch, Skip, SkipReason, all_names, is_named, match, unfit
 from .normalize import bias_of, normalize, outputs_of
 from .plan import choose_route
 from .rewrite import rewrite
@@ -13,6 +13,7 @@ __all__ = [
     "LinearMatch",
     "Skip",
     "SkipReason",
+    "all_names",
     "bias_of",
     "choose_route",
     "is_named",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import fnmatch
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -210,6 +210,12 @@ def parameter_name(source: str) -> str:
     return ".".join(step for step in steps if step != "_orig_mod")
 
 
+def all_names(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every name that a module has for each of its parameters, without what ``torch.compile`` adds to it."""
+    for name, weight in nn.Module.named_parameters(module, remove_duplicate=False):
+        yield name.replace("_orig_mod.", ""), weight
+
+
 def is_named(name: str, patterns: tuple[str, ...]) -> bool:
     """Whether a pattern fits the whole name, or is one of its components."""
     components = name.split(".")
@@ -228,10 +234,7 @@ def _excluded(parameters: list[tuple[nn.Parameter, str]], patterns: tuple[str, .
     """Identities of the weights of a graph of which a pattern fits a name: of a tied weight, any that its module has for it."""
     found = {id(weight) for weight, name in parameters if is_named(name, patterns)}
     for module in modules_with(weight for weight, _ in parameters) if patterns else ():
-        held = {
-            name.replace("_orig_mod.", ""): id(weight)
-            for name, weight in nn.Module.named_parameters(module, remove_duplicate=False)
-        }
+        held = {name: id(weight) for name, weight in all_names(module)}
         here = {id(weight) for weight, name in parameters if held.get(name) == id(weight)}
         found |= {key for name, key in held.items() if key in here and is_named(name, patterns)}
     return found
