@@ -3,7 +3,7 @@
 from . import optim
 from .api import prepare, report, restore
 from .config import PoetxConfig
-from .distributed import check_ranks
+from .distributed import check_ranks, watch_ranks
 from .errors import PoetxError, PoetxWarning
 from .metrics import Metrics
 from .report import Report
@@ -19,4 +19,5 @@ __all__ = [
     "prepare",
     "report",
     "restore",
+    "watch_ranks",
 ]

@@ -7,15 +7,19 @@ same optimizer and the same permutations fold the same bits on every rank.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from ._torch.data_parallel import after_ddp_join, before_fsdp_constructor, count_in_ddp_pieces, within_ddp_constructor
-from .errors import PoetxError
+from ._torch.optimizers import steps_running
+from .errors import PoetxError, PoetxWarning
 from .factor import OrthogonalFactor
 from .fingerprint import fingerprint
 from .registry import factors
@@ -64,15 +68,15 @@ def check_ranks(model: nn.Module, *, repair: bool = False, group: Group = None) 
 
     Args:
         model: the module, compiled or wrapped or neither.
-        repair: send the weights of rank 0 to the others instead of raising.
-        group: of ranks; by default all.
+        repair: send the weights of rank 0 to the others, and warn, instead of raising.
+        group: of ranks; by default all. Without one, in a script that runs alone, nothing is compared.
 
     Raises:
         PoetxError: some ranks differ; names the first weight that does, as ``model`` does.
     """
     named = {factor: name for name, weight in model.named_parameters() if (factor := factors.of_weight(weight)) is not None}
     converted = list(named)
-    if not converted:
+    if not converted or not distributed.is_initialized():
         return
     sums = torch.stack([_checksum(factor) for factor in converted])
     gathered = [torch.empty_like(sums) for _ in range(distributed.get_world_size(group))]
@@ -80,15 +84,54 @@ def check_ranks(model: nn.Module, *, repair: bool = False, group: Group = None) 
     differs = [any(bool(other[place] != gathered[0][place]) for other in gathered) for place in range(len(converted))]
     if not any(differs):
         return
+    first = named[converted[differs.index(True)]]
+    found = f"'{first}' and {sum(differs) - 1} more of {len(converted)} converted weights"
     if not repair:
-        first = named[converted[differs.index(True)]]
         raise PoetxError(
-            f"poetx: '{first}' and {sum(differs) - 1} more of {len(converted)} converted weights differ between ranks; call "
-            "poetx_compile.check_ranks(model, repair=True) on every rank to send those of rank 0"
+            f"poetx: {found} differ between ranks; call poetx_compile.check_ranks(model, repair=True) on every rank to send those "
+            "of rank 0"
         )
     for factor, wrong in zip(converted, differs):
         if wrong:
             _send(factor, group)
+    warnings.warn(f"poetx: {found} differed between ranks; all have those of rank 0 now", PoetxWarning, stacklevel=2)
+
+
+def watch_ranks(
+    model: nn.Module, optimizer: Optimizer, *, every: int = 100, repair: bool = False, group: Group = None
+) -> RemovableHandle:
+    """Call ``check_ranks`` after each ``every``-th step of ``optimizer``, which all ranks must step equally often.
+
+    Args:
+        model, repair, group: as for ``check_ranks``.
+        optimizer: that holds the converted weights; of accelerate's wrapper, the ``optimizer`` inside.
+        every: steps from one comparison to the next.
+
+    Returns:
+        A handle, whose ``remove()`` ends the watch.
+
+    Raises:
+        PoetxError: ``every`` is below 1, or ``optimizer`` takes no hooks; at a step, what ``check_ranks`` raises.
+    """
+    if every < 1:
+        raise PoetxError(f"poetx: every={every} is not a number of steps from 1 on")
+    steps = 0
+
+    @torch._dynamo.disable
+    def after_step(*_: Any) -> None:
+        nonlocal steps
+        if steps_running(optimizer) > 1:  # a subclass calls super().step()
+            return
+        steps += 1
+        if steps % every == 0:
+            check_ranks(model, repair=repair, group=group)
+
+    try:
+        return optimizer.register_step_post_hook(after_step)
+    except AttributeError:
+        raise PoetxError(
+            f"poetx: {type(optimizer).__name__} takes no hooks; give watch_ranks the torch optimizer that it wraps"
+        ) from None
 
 
 def _agree(converted: list[OrthogonalFactor], group: Group) -> None:

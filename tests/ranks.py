@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import io
+import os
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,7 @@ from unittest import mock
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
+from accelerate import Accelerator
 from helpers import OPTIONS, Block, values
 from torch import Tensor, distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
@@ -274,9 +277,9 @@ def stored_in_int8(folder: Path) -> Result:
     return {"agreed": agreed, "message": message, "values": [*values(model), *kept]}
 
 
-def resumed_from_one(folder: Path) -> Result:
+def resumed_from_two(folder: Path) -> Result:
     model = prepared()
-    weights, states = torch.load(folder / "of-1.pt", weights_only=True)
+    weights, states = torch.load(folder / "of-2.pt", weights_only=True)
     optimizer = adamw(model)
     model.load_state_dict(weights)
     optimizer.load_state_dict(states)
@@ -289,13 +292,67 @@ def checked(folder: Path) -> Result:
     model = prepared()
     module = DistributedDataParallel(compiled(model))
     poetx_compile.check_ranks(module)
+    damage(model)
+    message = error_of(lambda: poetx_compile.check_ranks(model))
+    repaired = warnings_of(lambda: poetx_compile.check_ranks(model, repair=True))
+    poetx_compile.check_ranks(model)
+    return {"message": message, "repaired": repaired, "values": values(model)}
+
+
+def damage(model: Block) -> None:
     if distributed.get_rank() == distributed.get_world_size() - 1:
         with torch.no_grad():
             model.layers[2].weight[3].mul_(1 + 1e-9)
-    message = error_of(lambda: poetx_compile.check_ranks(model))
-    poetx_compile.check_ranks(model, repair=True)
+
+
+def watched(folder: Path) -> Result:
+    """A damage is told by each second step, repaired by one that repairs, and not seen by a watch that was removed."""
+    model = prepared()
+    module, optimizer = DistributedDataParallel(compiled(model)), adamw(model)
+    refused = error_of(lambda: poetx_compile.watch_ranks(model, optimizer, every=0))
+    wrapper = error_of(lambda: poetx_compile.watch_ranks(model, Accelerator(cpu=True).prepare(optimizer)))
+    steps = iter(range(1_000))
+
+    def step() -> None:
+        number = next(steps)
+        train(module, optimizer, range(number, number + 1))
+
+    handle = poetx_compile.watch_ranks(model, optimizer, every=2)
+    agreed = [error_of(step) for _ in range(3)]
+    damage(model)
+    told = error_of(step)
+    unseen = error_of(step)
+    handle.remove()
+    removed = error_of(step)
+    poetx_compile.watch_ranks(model, optimizer, every=1, repair=True)
+    repaired = [warnings_of(step) for _ in range(2)]
+    messages = {"agreed": agreed, "told": told, "unseen": unseen, "removed": removed, "repaired": repaired}
+    return {"values": values(model), "refused": refused, "wrapper": wrapper, **messages}
+
+
+def accelerated(folder: Path) -> Result:
+    """``accelerate.prepare`` builds the wrapper around the compiled module."""
+    accelerator = Accelerator(cpu=True)
+    model = prepared()
+    module, optimizer = accelerator.prepare(compiled(model), adamw(model))
+    return trained_by(accelerator, model, module, optimizer)
+
+
+def accelerated_then_compiled(folder: Path) -> Result:
+    accelerator = Accelerator(cpu=True)
+    model = prepared()
+    module, optimizer = accelerator.prepare(model, adamw(model))
+    return trained_by(accelerator, model, compiled(module), optimizer)
+
+
+def trained_by(accelerator: Accelerator, model: Block, module: nn.Module, optimizer: torch.optim.Optimizer) -> Result:
+    for step in range(STEPS):
+        x, target = share(step)
+        accelerator.backward(F.mse_loss(module(x), target))
+        optimizer.step()
+        optimizer.zero_grad()
     poetx_compile.check_ranks(model)
-    return {"message": message, "values": values(model)}
+    return {"values": values(model), "kind": str(accelerator.distributed_type)}
 
 
 def wrapped_unprepared(folder: Path) -> Result:
@@ -351,8 +408,11 @@ SCENARIOS = (
     uneven_alone,
     rounded_stochastically,
     stored_in_int8,
-    resumed_from_one,
+    resumed_from_two,
     checked,
+    watched,
+    accelerated,
+    accelerated_then_compiled,
     wrapped_unprepared,
     prepared_differently,
 )
@@ -366,6 +426,13 @@ def error_of(call: Callable[[], object]) -> str:
     return ""
 
 
+def warnings_of(call: Callable[[], object]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", poetx_compile.PoetxWarning)
+        call()
+    return [str(warning.message) for warning in caught if issubclass(warning.category, poetx_compile.PoetxWarning)]
+
+
 def run_all(folder: Path, world: int) -> list[dict[str, Result]]:
     """What each rank of a group of ``world`` returns, by scenario."""
     torch.multiprocessing.start_processes(_rank, (world, folder), nprocs=world, start_method="spawn")
@@ -374,6 +441,9 @@ def run_all(folder: Path, world: int) -> list[dict[str, Result]]:
 
 def _rank(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
+    )  # accelerate's
     store = distributed.FileStore(str(folder / f"store-{world}"), world)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
     results = {}

@@ -7,12 +7,15 @@ import ranks
 import torch
 from ranks import Result
 
-WORLDS = (1, 2, 4)
+WORLDS = (2, 1, 4)
+"""In their order: all resume from the checkpoint of two."""
+
+SEVERAL = (2, 4)
 TRAINED = (
     *("compiled_then_wrapped", "wrapped_then_compiled", "accumulated", "in_pieces", "dense", "static"),
-    *("searched", "low_rank", "resumed_from_one"),
+    *("searched", "low_rank", "resumed_from_two", "accelerated", "accelerated_then_compiled"),
 )
-OTHERS = ("uneven", "uneven_alone", "checked", "rounded_stochastically", "stored_in_int8")
+OTHERS = ("uneven", "uneven_alone", "checked", "watched", "rounded_stochastically", "stored_in_int8")
 LOSSY = ("compressed_to_float16", "compressed_to_bfloat16")
 Results = dict[int, list[dict[str, Result]]]
 
@@ -89,10 +92,39 @@ def test_a_graph_is_cut_where_a_bucket_of_what_is_reduced_is_full(results: Resul
         assert cut >= 2
 
 
-@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("world", SEVERAL)
 def test_a_rank_that_went_astray_is_named_and_repaired(results: Results, world: int) -> None:
     for result in results[world]:
-        assert "'layers.2.weight' and 0 more of 2 converted weights differ between ranks" in result["checked"]["message"]
+        checked = result["checked"]
+        assert "'layers.2.weight' and 0 more of 2 converted weights differ between ranks" in checked["message"]
+        (warning,) = checked["repaired"]
+        assert (
+            "'layers.2.weight' and 0 more of 2 converted weights differed between ranks; all have those of rank 0" in warning
+        )
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+def test_a_watch_compares_ranks_every_few_steps(results: Results, world: int) -> None:
+    for result in (rank["watched"] for rank in results[world]):
+        assert result["agreed"] == [""] * 3
+        assert "'layers.2.weight' and 0 more of 2 converted weights differ between ranks" in result["told"]
+        assert result["unseen"] == result["removed"] == ""
+        first, second = result["repaired"]
+        assert len(first) == 1
+        assert second == []
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_watch_is_refused_by_one_sentence(results: Results, world: int) -> None:
+    for result in (rank["watched"] for rank in results[world]):
+        assert "every=0 is not a number of steps" in result["refused"]
+        assert "AcceleratedOptimizer takes no hooks; give watch_ranks the torch optimizer" in result["wrapper"]
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+def test_accelerate_spreads_over_ranks(results: Results, world: int) -> None:
+    for result in results[world]:
+        assert result["accelerated"]["kind"] == result["accelerated_then_compiled"]["kind"] == "DistributedType.MULTI_CPU"
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -110,7 +142,7 @@ def test_a_wrapper_before_conversion_is_refused_with_the_line_to_add(results: Re
         assert not unprepared["converted"]
 
 
-@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("world", SEVERAL)
 def test_ranks_that_drew_differently_are_refused_when_wrapped(results: Results, world: int) -> None:
     for result in results[world]:
         assert "drew different permutations" in result["prepared_differently"]["message"]

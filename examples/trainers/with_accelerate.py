@@ -1,7 +1,11 @@
-"""accelerate: compile the model, then prepare it. ``Accelerator(dynamo_backend=...)`` knows a fixed list of names only."""
+"""accelerate: compile the model, then prepare it. ``Accelerator(dynamo_backend=...)`` knows a fixed list of names only.
+
+accelerate launch --num_processes 2 examples/trainers/with_accelerate.py
+"""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -9,7 +13,9 @@ import toy
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
+
+import poetx_compile
 
 
 def train(out: Path, resume: Path | None = None) -> nn.Module:
@@ -20,6 +26,10 @@ def train(out: Path, resume: Path | None = None) -> nn.Module:
     )
     set_seed(0)
     model = toy.build()
+    if accelerator.num_processes > 1:  # accelerate will wrap it in DistributedDataParallel, which must find it converted
+        model.to(accelerator.device)
+        batch = default_collate([toy.TRAINING[0]])
+        poetx_compile.prepare(model, **{k: v.to(accelerator.device) for k, v in batch.items()}, options=toy.OPTIONS)
     compiled = torch.compile(model, backend="poetx", options=toy.OPTIONS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=toy.RATE)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, toy.STEPS)
@@ -27,7 +37,7 @@ def train(out: Path, resume: Path | None = None) -> nn.Module:
     compiled, optimizer, scheduler, batches, held_out = accelerator.prepare(
         compiled, optimizer, scheduler, batches, held_out
     )
-    steps_per_epoch = len(batches) // toy.ACCUMULATE
+    steps_per_epoch = math.ceil(len(batches) / toy.ACCUMULATE)  # accelerate steps at the end of an epoch, full or not
     done = 0
     if resume is not None:
         accelerator.load_state(str(resume))

@@ -1,4 +1,4 @@
-"""One of two ranks dies once: torchrun starts both again, and they end with the bits of a run in which none died."""
+"""Recipes under torchrun: one of two ranks dies, and both go on; two ranks of accelerate stop, and go on from their checkpoint."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ RECIPES = HERE.parents[1] / "examples" / "trainers"
 NEVER, STEPS, SAVE_EVERY = 0, 12, 4
 
 
-def launch(out: Path, fatal_step: int, restarts: int) -> subprocess.CompletedProcess[str]:
+def launch(script: str, *arguments: object, restarts: int = 0) -> subprocess.CompletedProcess[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, f"--max-restarts={restarts}", str(HERE / "dying.py"), str(out), str(fatal_step)]
+    command = [*torchrun, f"--max-restarts={restarts}", str(HERE / script), *map(str, arguments)]
     paths = os.pathsep.join(filter(None, [str(RECIPES), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -34,7 +34,7 @@ def launch(out: Path, fatal_step: int, restarts: int) -> subprocess.CompletedPro
 def test_ranks_restarted_after_a_death_end_with_the_same_bits(tmp_path: Path) -> None:
     whole, died = tmp_path / "whole", tmp_path / "died"
     for out, fatal_step in ((whole, NEVER), (died, 7)):
-        done = launch(out, fatal_step, restarts=1)
+        done = launch("dying.py", out, fatal_step, restarts=1)
         assert done.returncode == 0, done.stderr
     ends = {out: [torch.load(path, weights_only=True) for path in sorted(out.glob("life-*"))] for out in (whole, died)}
     assert [path.name for path in sorted(died.glob("life-*"))] == ["life-1-rank-0.pt", "life-1-rank-1.pt"]
@@ -44,13 +44,24 @@ def test_ranks_restarted_after_a_death_end_with_the_same_bits(tmp_path: Path) ->
         exact(end["model"], ends[whole][0]["model"])
     saved = [torch.load(out / "checkpoint.pt", weights_only=True) for out in (whole, died)]
     exact(saved[1], saved[0])
-    again = launch(whole, NEVER, restarts=0)  # as after a death between the last checkpoint and the end
+    again = launch("dying.py", whole, NEVER)  # as after a death between the last checkpoint and the end
     assert again.returncode == 0, again.stderr
 
 
 def test_without_a_restart_a_death_ends_the_run(tmp_path: Path) -> None:
-    done = launch(tmp_path, 7, restarts=0)
+    done = launch("dying.py", tmp_path, 7)
     assert done.returncode != 0
     assert "SIGKILL" in done.stderr
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == SAVE_EVERY
     assert not list(tmp_path.glob("life-*"))
+
+
+def test_ranks_of_accelerate_go_on_from_their_checkpoint_with_the_same_bits(tmp_path: Path) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    for out, checkpoint in ((whole, []), (resumed, [whole / "checkpoint-8"])):
+        out.mkdir()
+        done = launch("accelerated.py", out, *checkpoint)
+        assert done.returncode == 0, done.stderr
+    first, *others = (torch.load(out / f"rank-{rank}.pt", weights_only=True) for out in (whole, resumed) for rank in (0, 1))
+    for other in others:
+        exact(other, first)
