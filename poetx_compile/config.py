@@ -21,6 +21,7 @@ STORAGES = ("folded", "int8", "bf16-lean")
 SKEW_DTYPES = ("float32", "bfloat16")
 SIDES = ("both", "rows", "columns")
 INITS = ("keep", "row-normalised")
+UPDATES = ("orthogonal", "given")
 MOMENTS = ("reset", "keep", "second", "transport")
 HEADS = ("lm_head", "head", "heads", "classifier", "score", "embed_out", "output_projection")
 
@@ -31,6 +32,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "skew_dtype": SKEW_DTYPES,
     "sides": SIDES,
     "init": INITS,
+    "updates": UPDATES,
     "moments": MOMENTS,
     "route": ROUTES,
     "precision": PRECISIONS,
@@ -58,6 +60,10 @@ class PoetxConfig:
 
     sides: str = "both"
     """Which sides of a weight rotate: ``both``, or only the ``rows`` or the ``columns`` of it as it is stored."""
+
+    updates: str = "orthogonal"
+    """What a step turns by: what the optimizer wrote (``given``), or the same brought near one angle for all channels of a block
+    (``orthogonal``: see :func:`.polar.spread_evenly`). :class:`.optim.SkewMuon` does so itself, whatever stands here."""
 
     permutation_period: int = 0
     """Optimizer steps until new permutations are drawn; 0 keeps the first."""

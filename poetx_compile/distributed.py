@@ -26,7 +26,7 @@ from .registry import factors
 
 Group: TypeAlias = "distributed.ProcessGroup | None"
 
-_SHARED = ("scale", "precision", "permutation_period", "residual_bits", "storage", "skew_dtype")
+_SHARED = ("scale", "updates", "precision", "permutation_period", "residual_bits", "storage", "skew_dtype")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch.optim import AdamW
 from .errors import PoetxError
 from .factor import OrthogonalFactor
 from .kernels import pack_skew, unpack_skew
+from .polar import orthogonalize_skew
 from .registry import factors
 from .retraction import in_batches
 
@@ -26,7 +27,6 @@ ADJUSTMENTS = ("match_rms_adamw", "original")
 _NEEDED = {"betas", "momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn"}
 """Settings of a group that other optimizers lack, each some."""
 _MOST_STEPS = 99
-_LEAST_NORM = 1e-7
 
 
 class SkewMuon(AdamW):
@@ -183,33 +183,6 @@ def _turn(batch: Turned) -> None:
         turned = pack_skew(orthogonalize_skew(blocks, coefficients, steps)) / 2
         for (into, _, rate), part in zip(parts, turned.split([len(packed) for _, packed, _ in parts])):
             into.sub_(part * rate)
-
-
-def orthogonalize_skew(
-    blocks: Tensor, coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315), steps: int = 5
-) -> Tensor:
-    """Bring the singular values of skew matrices towards 1, and keep their singular vectors.
-
-    Each step is ``X ← aX + (bS + cS²)X`` with ``S = XXᵀ``, from ``X`` over a bound of its spectral norm: singular values of a skew
-    matrix come in pairs, so its Frobenius norm over √2 is one. Matrices of smaller norms than 1e-7 are taken as they are, as
-    ``torch.optim.Muon`` does, and so fade to zero.
-
-    Args:
-        blocks: ``[r, b, b]``, skew.
-        coefficients: ``(a, b, c)``.
-
-    Returns:
-        ``[r, b, b]``, exactly skew, of the dtype of ``blocks``.
-    """
-    a, b, c = coefficients
-    dtype = torch.bfloat16 if blocks.is_cuda and blocks.dtype != torch.float64 else blocks.dtype
-    bound = torch.linalg.matrix_norm(blocks, keepdim=True) / math.sqrt(2)
-    x = (blocks / bound.clamp(min=_LEAST_NORM)).to(dtype)
-    for _ in range(steps):
-        square = x @ x.mT
-        turned = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-        x = (turned - turned.mT) / 2
-    return x.to(blocks.dtype)
 
 
 def _rate(group: dict[str, Any], width: int) -> Any:

@@ -25,6 +25,7 @@ from .factor import OrthogonalFactor
 from .finite import FiniteWatch
 from .kernels import rehearsal
 from .metrics import observed
+from .polar import spread_all
 from .registry import factors
 from .retraction import retract_all
 
@@ -214,6 +215,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _finite.look([factor for factor, _ in moved])
     work = [(factor, _gain(optimizer, group)) for factor, group in moved]
     rehearsal.join()
+    if "SkewMuon" not in _names(optimizer):
+        spread_all(factor for factor, _ in moved if factor.config.updates == "orthogonal")
     with observed(work) as look:
         retract_all(work, look)
     for factor, _ in stepped:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from poetx_compile import PoetxConfig
 from poetx_compile.factor import OrthogonalFactor
 from poetx_compile.registry import factors
+from poetx_compile.testing.explicit import spread
 
 OPTIONS: dict[str, Any] = {"inner": "aot_eager", "block_size": 16, "chunk": 4}
 
@@ -105,6 +106,8 @@ class Explicit:
 
     @torch.no_grad()
     def fold(self, gain: float = 1.0) -> None:
+        for name, skew in self.skews.items():
+            skew.copy_(spread(self.factors[name], skew))
         for name, weight in self.rotated(gain).items():
             self.weights[name].copy_(weight)
             self.skews[name].zero_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -52,3 +53,13 @@ def rotation_gradients(model: nn.Module, loss: Callable[[Callable[..., Any]], Te
     weights = {name: explicit_weight(factor, factor.weight.detach(), skews[name]) for name, factor in found.items()}
     value = loss(lambda *args: torch.func.functional_call(model, weights, args))
     return dict(zip(skews, torch.autograd.grad(value, list(skews.values()))))
+
+
+def by_singular_values(matrix: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """What Newton–Schulz makes of a skew matrix, on its singular values alone."""
+    left, sizes, right = torch.linalg.svd(matrix)
+    a, b, c = coefficients
+    sizes = sizes / (sizes.norm() / math.sqrt(2))
+    for _ in range(steps):
+        sizes = a * sizes + b * sizes**3 + c * sizes**5
+    return left @ torch.diag(sizes) @ right

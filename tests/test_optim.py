@@ -15,77 +15,18 @@ import torch
 from helpers import Experts, Explicit, factor_of, loss, network, rotating, train, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import by_singular_values
 from strategies import OwningFactor, normal
 from torch import Tensor, nn
 from torch.optim import AdamW, lr_scheduler
 
 from poetx_compile import Metrics, PoetxConfig, PoetxError, prepare, retraction
-from poetx_compile.kernels import unpack_skew
-from poetx_compile.optim import SkewMuon, orthogonalize_skew
+from poetx_compile.optim import SkewMuon
+from poetx_compile.polar import orthogonalize_skew
 
 exact = partial(torch.testing.assert_close, rtol=0, atol=0)
 close = partial(torch.testing.assert_close, rtol=0, atol=1e-10)
 QUINTIC = (3.4445, -4.7750, 2.0315)
-CUBIC = (1.5, -0.5, 0.0)
-
-
-def skews(count: int, width: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return unpack_skew(torch.randn(count * width * (width - 1) // 2, generator=generator, dtype=torch.float64), width).to(
-        dtype
-    )
-
-
-def by_singular_values(matrix: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """The iteration on singular values alone."""
-    left, sizes, right = torch.linalg.svd(matrix)
-    a, b, c = coefficients
-    sizes = sizes / (sizes.norm() / math.sqrt(2))
-    for _ in range(steps):
-        sizes = a * sizes + b * sizes**3 + c * sizes**5
-    return left @ torch.diag(sizes) @ right
-
-
-class TestOrthogonalize:
-    @given(width=st.integers(2, 40), count=st.integers(1, 3), seed=st.integers(0, 99), steps=st.integers(1, 7))
-    def test_moves_singular_values_alone_and_stays_skew(self, width: int, count: int, seed: int, steps: int) -> None:
-        blocks = skews(count, width, seed)
-        turned = orthogonalize_skew(blocks, QUINTIC, steps)
-        exact(turned, -turned.mT)
-        for block, result in zip(blocks, turned):
-            torch.testing.assert_close(result, by_singular_values(block, QUINTIC, steps), rtol=0, atol=1e-9)
-
-    @given(half=st.integers(1, 16), seed=st.integers(0, 99), size=st.sampled_from([1e-12, 1.0, 1e12]))
-    def test_converges_to_the_polar_factor(self, half: int, seed: int, size: float) -> None:
-        block = skews(1, 2 * half, seed) * size
-        left, _, right = torch.linalg.svd(block[0])
-        torch.testing.assert_close(orthogonalize_skew(block, CUBIC, 60)[0], left @ right, rtol=0, atol=1e-7)
-
-    @given(width=st.integers(8, 64), seed=st.integers(0, 99))
-    def test_default_singular_values_are_near_one(self, width: int, seed: int) -> None:
-        sizes = torch.linalg.svdvals(orthogonalize_skew(skews(1, 2 * (width // 2), seed))[0])
-        assert sizes.max() < 1.3
-        assert sizes.quantile(0.25) > 0.6
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_shorter_dtypes_are_near_and_exactly_skew(self, dtype: torch.dtype) -> None:
-        blocks = skews(2, 24, 0, dtype)
-        turned = orthogonalize_skew(blocks)
-        assert turned.dtype == dtype
-        exact(turned, -turned.mT)
-        atol = 1e-4 if dtype == torch.float32 else 0.2
-        torch.testing.assert_close(turned.double(), orthogonalize_skew(blocks.double()), rtol=0, atol=atol)
-
-    def test_zeros_stay_zeros(self) -> None:
-        exact(orthogonalize_skew(torch.zeros(2, 6, 6)), torch.zeros(2, 6, 6))
-
-    @pytest.mark.gpu
-    def test_on_a_gpu(self) -> None:
-        blocks = skews(4, 256, 0, torch.float32)
-        turned = orthogonalize_skew(blocks.cuda()).cpu()
-        exact(turned, -turned.mT)
-        error = (turned - orthogonalize_skew(blocks)).norm() / orthogonalize_skew(blocks).norm()
-        assert error < 0.05
 
 
 def reference_step(
@@ -122,7 +63,7 @@ class TestSteps:
         self, momentum: float, nesterov: bool, adjust: str, scale: float, foreach: bool
     ) -> None:
         model = network()
-        explicit = Explicit(model, scale=scale)
+        explicit = Explicit(model, scale=scale, updates="given")
         ours = SkewMuon(
             model.parameters(),
             0.02,

@@ -150,13 +150,14 @@ class TestEveryTorchOptimizer:
         scale=st.sampled_from([0.5, 1.0, 3.0]),
         route=st.sampled_from(["auto", "gram", "dense"]),
         sides=st.sampled_from(["both", "rows", "columns"]),
+        updates=st.sampled_from(["orthogonal", "given"]),
         seed=st.integers(0, 99),
     )
     def test_with_any_blocks_scale_and_route(
-        self, block: int, chunk: int, scale: float, route: str, sides: str, seed: int
+        self, block: int, chunk: int, scale: float, route: str, sides: str, updates: str, seed: int
     ) -> None:
         torch._dynamo.reset()
-        options = dict(block_size=block, chunk=chunk, scale=scale, route=route, sides=sides, seed=seed)
+        options = dict(block_size=block, chunk=chunk, scale=scale, route=route, sides=sides, updates=updates, seed=seed)
         model = network()
         explicit = Explicit(model, **options)
         plan = Plan(steps=3, accumulation=1, clip=None, scheduler="constant")

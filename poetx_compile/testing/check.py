@@ -14,7 +14,7 @@ from ..api import report
 from ..conversion import skip_reason
 from ..registry import factors
 from ..report import Report
-from .explicit import explicit_weight
+from .explicit import explicit_weight, spread
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _LARGEST_TURN = 0.05
@@ -113,7 +113,7 @@ def _compare_step(plain: nn.Module, rotated: nn.Module, optimizer: torch.optim.S
     for name, weight, before, gradient in moves:
         factor = factors.of_weight(weight)
         step = -rate * gradient
-        expected = before + step if factor is None else explicit_weight(factor, before.to(step.dtype), step)
+        expected = before + step if factor is None else explicit_weight(factor, before.to(step.dtype), spread(factor, step))
         _compare(f"'{name}' after one step", weight.detach(), expected, tolerance)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..factor import OrthogonalFactor
 from ..layout import BlockLayout
+from ..polar import POLYNOMIALS
 
 
 def explicit_weight(factor: OrthogonalFactor, weight: Tensor, q: Tensor) -> Tensor:
@@ -31,3 +32,26 @@ def _turn_rows(matrix: Tensor, layout: BlockLayout, channels: Tensor, skew: Tens
     rotations = torch.linalg.solve(eye - omega, eye + omega)
     blocks = matrix.index_select(0, channels).unflatten(0, (layout.count, layout.width))
     return matrix.index_copy(0, channels, (rotations @ blocks).flatten(0, 1))
+
+
+def spread(factor: OrthogonalFactor, q: Tensor) -> Tensor:
+    """What is turned where an optimizer has written ``q``: with ``updates="given"`` the same, else near one angle a block."""
+    if factor.config.updates == "given":
+        return q
+    sides = factor.stack.sides * factor.stack.count
+    parts = zip(q.split([side.skew for side in sides]), sides)
+    return torch.cat([_spread(packed, side.width) for part, side in parts for packed in part.split(side.skew_per_block)])
+
+
+def _spread(packed: Tensor, width: int) -> Tensor:
+    """One block, packed, by its singular values."""
+    upper = torch.triu_indices(width, width, 1, device=packed.device).unbind()
+    block = packed.new_zeros(width, width).index_put(upper, packed)
+    left, sizes, right = torch.linalg.svd(block - block.mT)
+    norm = sizes.norm()
+    if not norm > 0:
+        return packed
+    sizes = sizes / (sizes.pow(4).sum() / 2) ** 0.25
+    for a, b, c in POLYNOMIALS:
+        sizes = a * sizes + b * sizes**3 + c * sizes**5
+    return (left @ torch.diag(sizes * (norm / sizes.norm())) @ right)[upper]
