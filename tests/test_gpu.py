@@ -80,7 +80,7 @@ def test_a_step_equals_the_cpus() -> None:
     models["cpu"] = copy.deepcopy(models["cuda"]).cpu()
     for device, model in models.items():
         inner = "inductor" if device == "cuda" else "aot_eager"
-        compiled = torch.compile(model, backend="poetx", options={"block_size": 64, "inner": inner})
+        compiled = torch.compile(model, backend="poetx", options={"block_size": 64, "inner": inner, "updates": "given"})
         optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
         for step in range(3):
             x, target = (tensor.to(device) for tensor in batch(step, torch.float32))
@@ -225,7 +225,7 @@ def test_cuda_graphs_train_as_ordinary_launches_do(mode: str, dtype: torch.dtype
     models = {name: network(dtype) for name in ("default", mode)}
     for name, model in models.items():
         torch._dynamo.reset()
-        compiled = torch.compile(model, backend="poetx", mode=name)
+        compiled = torch.compile(model, backend=partial(poetx, mode=name, options={"updates": "given"}))
         train(compiled, torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6), dtype, range(8))
         assert factor_of(model[0].weight).steps == 8
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
@@ -239,7 +239,7 @@ def test_stacks_and_kernels_take_a_step_as_the_cpus(dtype: torch.dtype) -> None:
     models["cuda"] = copy.deepcopy(models["cpu"]).cuda()
     x = torch.randn(64, 22, generator=torch.Generator().manual_seed(0)).to(dtype)
     for device, model in models.items():
-        options = {"block_size": 16, "include_conv": True, "inner": "aot_eager"}
+        options = {"block_size": 16, "include_conv": True, "inner": "aot_eager", "updates": "given"}
         compiled = torch.compile(model, backend="poetx", options=options)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
         compiled(x.to(device)).float().square().mean().backward()
