@@ -78,7 +78,12 @@ def estimated(case: Case) -> Row:
 def measured_peaks(path: Path) -> dict[tuple[str, str, int, int], int]:
     """Of whole models at one micro-batch; what layers compiled one by one took counts for the model, with either ``updates``."""
     return {
-        (row.size, row.method.replace(":regional=True", "").replace(":updates=given", ""), row.batch, row.seq): row.peak_bytes
+        (
+            row.size,
+            row.method.replace(":regional=True", "").replace(":updates=given", ""),
+            row.batch,
+            row.seq,
+        ): row.peak_bytes
         for row, _ in read_csv(path, train_rows.Row)
         if row.peak_bytes and row.micro == 1 and not row.is_cut
     }
