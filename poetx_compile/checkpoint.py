@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._torch.optimizers import explain_failed_loads
-from .config import SIDES, SKEW_DTYPES, STORAGES, PoetxConfig
+from .config import SIDES, SKEW_DTYPES, STORAGES, UPDATES, PoetxConfig
 from .errors import PoetxError, PoetxWarning
 from .factor import OrthogonalFactor
 from .fingerprint import fingerprint
@@ -29,8 +29,10 @@ Entry = dict[str, Any]
 _PREFIX = "poetx_"
 _CODE = "poetx_code_"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_SETTINGS = ("block_size", "chunk", "scale", "residual_bits", "storage", "skew_dtype", "sides")
-_WORDS = {"storage": STORAGES, "skew_dtype": SKEW_DTYPES, "sides": SIDES}
+_SETTINGS = ("block_size", "chunk", "scale", "residual_bits", "storage", "skew_dtype", "sides", "updates")
+_WORDS = {"storage": STORAGES, "skew_dtype": SKEW_DTYPES, "sides": SIDES, "updates": UPDATES}
+_UNNAMED = {"updates": "given"}
+"""What checkpoints that do not name a setting were trained with, where that is not the default now."""
 _KEPT = ("residual", "stored", "scales", "turned_rows", "turned_columns")
 """What :attr:`OrthogonalFactor.kept` may hold."""
 _BASE = "poetx_base"
@@ -261,7 +263,7 @@ def _is_kept(factor: OrthogonalFactor, name: str, saved: Any) -> bool:
 
 def _saved_setting(entry: Entry, name: str) -> Any:
     """Older checkpoints do not name what had one value only."""
-    default = getattr(PoetxConfig, name)
+    default = _UNNAMED.get(name, getattr(PoetxConfig, name))
     saved = entry.get(_PREFIX + name, default)
     return _WORDS[name][saved] if isinstance(default, str) and not isinstance(saved, str) else saved
 

@@ -469,6 +469,23 @@ class TestRefusals:
         with pytest.raises(PoetxError, match=rf"trained with sides={saved}.*options={{'sides': '{saved}'}}"):
             run.train(2, 3)
 
+    @pytest.mark.parametrize(("saved", "asked"), [("given", "orthogonal"), ("orthogonal", "given")])
+    def test_other_updates(self, saved: str, asked: str) -> None:
+        file = Run(updates=saved).compile().train(0, 2).save()
+        run = Run(updates=asked).compile().load(file)
+        with pytest.raises(PoetxError, match=rf"trained with updates={saved}.*options={{'updates': '{saved}'}}"):
+            run.train(2, 3)
+
+    def test_a_checkpoint_that_does_not_name_updates_had_them_as_given(self) -> None:
+        run = Run(updates="given").compile().train(0, 2)
+        content = read(run.save())
+        older = io.BytesIO()
+        removed = [entry.pop("poetx_updates", None) for entry in content["optimizer"]["state"].values()]
+        torch.save(content, older)
+        assert 1 in removed
+        resumed = Run(updates="given").compile().load(older).train(2, LAST)
+        exact(values(resumed.model), values(run.train(2, LAST).model))
+
     @pytest.mark.parametrize("kind", ["AdamW", "SGD, momentum", "Adagrad", "Adafactor", "RMSprop"])
     @pytest.mark.parametrize("load", [before_compilation, before_the_first_forward, after_the_first_forward])
     def test_the_state_of_ordinary_training(self, kind: str, load: Callable[[Run, io.BytesIO], None]) -> None:

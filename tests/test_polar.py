@@ -10,10 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import by_singular_values
-from torch import Tensor
+from strategies import OwningFactor, normal
+from torch import Tensor, nn
+from turned import turn
 
+from poetx_compile import PoetxConfig
 from poetx_compile.kernels import pack_skew, unpack_skew
-from poetx_compile.polar import POLYNOMIALS, orthogonalize_skew, spread_evenly
+from poetx_compile.polar import POLYNOMIALS, orthogonalize_skew, spread_all, spread_evenly
 
 exact = partial(torch.testing.assert_close, rtol=0, atol=0)
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -131,3 +134,20 @@ class TestSpreadEvenly:
         spread = spread_evenly(blocks.cuda(), 256).cpu()
         assert (spread - spread_evenly(blocks, 256)).norm() / spread.norm() < 0.05
         torch.testing.assert_close(spread.norm(), blocks.norm(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("skew_dtype", ["float32", "bfloat16"])
+def test_many_weights_are_spread_as_each_alone(skew_dtype: str) -> None:
+    config = PoetxConfig(block_size=16, chunk=4, skew_dtype=skew_dtype)
+    shapes = [(32, 50), (12, 32), (3, 20, 16)]
+    factors = [
+        OwningFactor(nn.Parameter(normal(*shape, seed=1, dtype=torch.bfloat16)), "fc.weight", config) for shape in shapes
+    ]
+    expected = []
+    for seed, factor in enumerate(factors):
+        turn(factor, seed)
+        parts = [spread_evenly(packed.float(), side.width) for packed, side in factor.skews()]
+        expected.append(torch.cat(parts).to(factor.q.dtype))
+    spread_all(factors)
+    for factor, wanted in zip(factors, expected):
+        torch.testing.assert_close(factor.q.detach(), wanted, rtol=1e-2 if skew_dtype == "bfloat16" else 1e-5, atol=1e-7)
