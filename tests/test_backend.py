@@ -762,6 +762,8 @@ def test_copies_train_on_their_own(copied: str) -> None:
 @pytest.mark.filterwarnings("ignore:poetx. new permutations")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-4)])
 def test_a_thousand_steps_keep_the_singular_values(dtype: torch.dtype, tolerance: float) -> None:
+    """To a share of the largest: rounding errs alike in all directions."""
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 48), nn.Tanh(), nn.Linear(48, 17)).to(dtype)
     weights = [model[0].weight, model[2].weight]
     before = [torch.linalg.svdvals(exact_weight(weight)) for weight in weights]
@@ -775,7 +777,8 @@ def test_a_thousand_steps_keep_the_singular_values(dtype: torch.dtype, tolerance
         optimizer.zero_grad()
     for weight, singular, old in zip(weights, before, start):
         assert (weight - old).norm() > 0.3 * old.norm()
-        torch.testing.assert_close(torch.linalg.svdvals(exact_weight(weight)), singular, rtol=tolerance, atol=0)
+        now = torch.linalg.svdvals(exact_weight(weight))
+        torch.testing.assert_close(now, singular, rtol=0, atol=tolerance * float(singular.max()))
 
 
 def exact_weight(weight: nn.Parameter) -> Tensor:

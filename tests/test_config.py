@@ -38,6 +38,7 @@ WRONG = [
     ("seed", None, "'seed' must be int"),
     ("residual_bits", 6, "'residual_bits' must be one of 8, 4, 0, not 6"),
     ("residual_bits", "8", "'residual_bits' must be int"),
+    ("updates", "even", "'updates' must be one of orthogonal, given, not 'even'"),
     ("sides", "left", "'sides' must be one of both, rows, columns, not 'left'"),
     ("init", "rows", "'init' must be one of keep, row-normalised, not 'rows'"),
     ("moments", "drop", "'moments' must be one of reset, keep, second, transport, not 'drop'"),

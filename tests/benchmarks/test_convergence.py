@@ -231,7 +231,7 @@ def test_all_start_from_the_same_weights_whatever_the_dtype(bench: ModuleType) -
         "poetx:residual_bits=4",
         "poetx-muon:block_size=32",
         "adamw:beta2=0.95",
-        "poetx:gains=rows:spectrum=flat",
+        "poetx:gains=rows:spectrum=flat:scale=0.25",
     ],
 )
 def test_every_method_trains(bench: ModuleType, command: list[str], tmp_path: Path, recipe: str) -> None:
