@@ -38,10 +38,10 @@ def orthogonalize_skew(
     dtype = _products(blocks)
     bound = torch.linalg.matrix_norm(blocks, keepdim=True) / math.sqrt(2)
     x = (blocks / bound.clamp(min=_LEAST_NORM)).to(dtype)
-    for _ in range(steps):
-        square = x @ x.mT
-        turned = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-        x = (turned - turned.mT) / 2
+    with torch.autocast(blocks.device.type, enabled=False):
+        for _ in range(steps):
+            turned = _step(x, x @ x.mT, a, b, c)
+            x = (turned - turned.mT) / 2
     return x.to(blocks.dtype)
 
 
@@ -77,15 +77,21 @@ def spread_evenly(packed: Tensor, width: int) -> Tensor:
     least = torch.finfo(packed.dtype).tiny
     sizes = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
     x = unpack_skew((flat / sizes.clamp(min=least)).to(dtype).view(-1), width)
-    square = x @ x.mT
-    bound = (torch.linalg.matrix_norm(square, keepdim=True) / math.sqrt(2)).sqrt().clamp(min=_LEAST_NORM)
-    x, square = x / bound, square / bound.square()
-    for step, (a, b, c) in enumerate(POLYNOMIALS):
-        square = x @ x.mT if step else square
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    with torch.autocast(packed.device.type, enabled=False):
+        square = x @ x.mT
+        bound = (torch.linalg.matrix_norm(square, keepdim=True) / math.sqrt(2)).sqrt().clamp(min=_LEAST_NORM)
+        first, *others = POLYNOMIALS
+        x = _step(x / bound, square / bound.square(), *first)
+        for polynomial in others:
+            x = _step(x, x @ x.mT, *polynomial)
     turned = pack_skew(x).to(packed.dtype).view_as(flat)
     turned *= sizes / torch.linalg.vector_norm(turned, dim=1, keepdim=True).clamp(min=least)
     return turned.view_as(packed)
+
+
+def _step(x: Tensor, square: Tensor, a: float, b: float, c: float) -> Tensor:
+    """``aX + (bS + cS²)X``."""
+    return torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
 
 
 def _products(tensor: Tensor) -> torch.dtype:

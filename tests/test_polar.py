@@ -128,6 +128,12 @@ class TestSpreadEvenly:
         blocks[3] = math.inf
         assert not spread_evenly(blocks, 8).isfinite().any()
 
+    def test_autocast_lowers_nothing(self) -> None:
+        blocks = packed(2, 16, 0).float()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            lowered = spread_evenly(blocks, 16), orthogonalize_skew(unpack_skew(blocks, 16))
+        exact(lowered, (spread_evenly(blocks, 16), orthogonalize_skew(unpack_skew(blocks, 16))))
+
     @pytest.mark.gpu
     def test_on_a_gpu(self) -> None:
         blocks = pack_skew(skews(4, 256, 0, torch.float32))
