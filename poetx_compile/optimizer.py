@@ -215,9 +215,9 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _finite.look([factor for factor, _ in moved])
     work = [(factor, _gain(optimizer, group)) for factor, group in moved]
     rehearsal.join()
-    if "SkewMuon" not in _names(optimizer):
-        spread_all(factor for factor, _ in moved if factor.config.updates == "orthogonal")
     with observed(work) as look:
+        if "SkewMuon" not in _names(optimizer):
+            spread_all(factor for factor, _ in moved if factor.config.updates == "orthogonal")
         retract_all(work, look)
     for factor, _ in stepped:
         coverage.forget(factor)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .factor import OrthogonalFactor
-from .kernels import master_dtype, pack_skew, unpack_skew
+from .kernels import full_precision, master_dtype, pack_skew, unpack_skew
 from .retraction import in_batches
 
 _LEAST_NORM = 1e-7
@@ -38,7 +38,7 @@ def orthogonalize_skew(
     dtype = _products(blocks)
     bound = torch.linalg.matrix_norm(blocks, keepdim=True) / math.sqrt(2)
     x = (blocks / bound.clamp(min=_LEAST_NORM)).to(dtype)
-    with torch.autocast(blocks.device.type, enabled=False):
+    with full_precision(blocks.device):
         for _ in range(steps):
             turned = _step(x, x @ x.mT, a, b, c)
             x = (turned - turned.mT) / 2
@@ -77,7 +77,7 @@ def spread_evenly(packed: Tensor, width: int) -> Tensor:
     least = torch.finfo(packed.dtype).tiny
     sizes = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
     x = unpack_skew((flat / sizes.clamp(min=least)).to(dtype).view(-1), width)
-    with torch.autocast(packed.device.type, enabled=False):
+    with full_precision(packed.device):
         square = x @ x.mT
         bound = (torch.linalg.matrix_norm(square, keepdim=True) / math.sqrt(2)).sqrt().clamp(min=_LEAST_NORM)
         first, *others = POLYNOMIALS

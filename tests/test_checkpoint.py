@@ -462,18 +462,19 @@ class TestRefusals:
         with pytest.raises(PoetxError, match=r"trained with skew_dtype=bfloat16.*options={'skew_dtype': 'bfloat16'}"):
             run.train(2, 3)
 
-    @pytest.mark.parametrize(("saved", "asked"), [("rows", "both"), ("both", "columns")])
-    def test_other_sides(self, saved: str, asked: str) -> None:
-        file = Run(sides=saved).compile().train(0, 2).save()
-        run = Run(sides=asked).compile().load(file)
-        with pytest.raises(PoetxError, match=rf"trained with sides={saved}.*options={{'sides': '{saved}'}}"):
-            run.train(2, 3)
-
-    @pytest.mark.parametrize(("saved", "asked"), [("given", "orthogonal"), ("orthogonal", "given")])
-    def test_other_updates(self, saved: str, asked: str) -> None:
-        file = Run(updates=saved).compile().train(0, 2).save()
-        run = Run(updates=asked).compile().load(file)
-        with pytest.raises(PoetxError, match=rf"trained with updates={saved}.*options={{'updates': '{saved}'}}"):
+    @pytest.mark.parametrize(
+        ("option", "saved", "asked"),
+        [
+            ("sides", "rows", "both"),
+            ("sides", "both", "columns"),
+            ("updates", "given", "orthogonal"),
+            ("updates", "orthogonal", "given"),
+        ],
+    )
+    def test_other_sides_or_updates(self, option: str, saved: str, asked: str) -> None:
+        file = Run(**{option: saved}).compile().train(0, 2).save()
+        run = Run(**{option: asked}).compile().load(file)
+        with pytest.raises(PoetxError, match=rf"trained with {option}={saved}.*options={{'{option}': '{saved}'}}"):
             run.train(2, 3)
 
     def test_a_checkpoint_that_does_not_name_updates_had_them_as_given(self) -> None:

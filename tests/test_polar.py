@@ -17,6 +17,7 @@ from turned import turn
 from poetx_compile import PoetxConfig
 from poetx_compile.kernels import pack_skew, unpack_skew
 from poetx_compile.polar import POLYNOMIALS, orthogonalize_skew, spread_all, spread_evenly
+from poetx_compile.testing.explicit import spread_block
 
 exact = partial(torch.testing.assert_close, rtol=0, atol=0)
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -74,14 +75,6 @@ class TestOrthogonalize:
         assert error < 0.05
 
 
-def spread_by_singular_values(block: Tensor) -> Tensor:
-    left, sizes, right = torch.linalg.svd(block)
-    norm, sizes = sizes.norm(), sizes / (sizes.pow(4).sum() / 2) ** 0.25
-    for a, b, c in POLYNOMIALS:
-        sizes = a * sizes + b * sizes**3 + c * sizes**5
-    return left @ torch.diag(sizes * norm / sizes.norm()) @ right
-
-
 class TestSpreadEvenly:
     @given(
         width=st.integers(2, 40),
@@ -96,8 +89,8 @@ class TestSpreadEvenly:
         given_ = (packed(count, width, seed) * size).to(dtype)
         spread = spread_evenly(given_, width)
         assert spread.dtype == dtype
-        for block, result in zip(unpack_skew(given_.double(), width), unpack_skew(spread.double(), width)):
-            wanted = spread_by_singular_values(block / size)
+        for block, result in zip(given_.double().chunk(count), spread.double().chunk(count)):
+            wanted = spread_block(block / size, width)
             torch.testing.assert_close(result / size, wanted, rtol=0, atol=1e-9 if dtype == torch.float64 else 2e-3)
 
     @given(size=st.floats(0.01, 1))

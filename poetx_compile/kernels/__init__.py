@@ -14,7 +14,7 @@ from .group import compose_, orthogonalize_
 from .linear import LINEAR_VERSION, lean_linear, rotated_linear
 from .many import Turn, rotate_all_
 from .naive import pack_skew, unpack_skew
-from .precision import unscaled
+from .precision import full_precision, unscaled
 from .quantize import GROUP, quantize_
 from .residual import HALF, decode, master_dtype, new_residual
 from .stochastic import round_stochastically_
@@ -34,6 +34,7 @@ __all__ = [
     "compose_",
     "decode",
     "effective",
+    "full_precision",
     "lean_linear",
     "lean_weight",
     "master_dtype",

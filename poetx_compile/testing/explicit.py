@@ -40,11 +40,13 @@ def spread(factor: OrthogonalFactor, q: Tensor) -> Tensor:
         return q
     sides = factor.stack.sides * factor.stack.count
     parts = zip(q.split([side.skew for side in sides]), sides)
-    return torch.cat([_spread(packed, side.width) for part, side in parts for packed in part.split(side.skew_per_block)])
+    return torch.cat(
+        [spread_block(packed, side.width) for part, side in parts for packed in part.split(side.skew_per_block)]
+    )
 
 
-def _spread(packed: Tensor, width: int) -> Tensor:
-    """One block, packed, by its singular values."""
+def spread_block(packed: Tensor, width: int) -> Tensor:
+    """What :func:`..polar.spread_evenly` makes of one block, by its singular values."""
     upper = torch.triu_indices(width, width, 1, device=packed.device).unbind()
     block = packed.new_zeros(width, width).index_put(upper, packed)
     left, sizes, right = torch.linalg.svd(block - block.mT)
