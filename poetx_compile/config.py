@@ -63,7 +63,7 @@ class PoetxConfig:
 
     updates: str = "orthogonal"
     """What a step turns by: what the optimizer wrote (``given``), or the same brought near one angle for all channels of a block
-    (``orthogonal``: see :func:`.polar.spread_evenly`). :class:`.optim.SkewMuon` does so itself, whatever stands here."""
+    (``orthogonal``: see :func:`.kernels.polar.spread_in_torch`). :class:`.optim.SkewMuon` does so itself, whatever stands here."""
 
     permutation_period: int = 0
     """Optimizer steps until new permutations are drawn; 0 keeps the first."""

@@ -116,6 +116,7 @@ def kinds(found: LinearMatch, factor: OrthogonalFactor) -> list[Kind]:
         factor.precision,
         None if stored is None else stored.dtype,
         factor.config.residual_bits,
+        factor.config.updates == "orthogonal",
     )
     if factor.route == "dense":
         return [of_weight]

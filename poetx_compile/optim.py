@@ -15,8 +15,7 @@ from torch.optim import AdamW
 
 from .errors import PoetxError
 from .factor import OrthogonalFactor
-from .kernels import pack_skew, unpack_skew
-from .polar import orthogonalize_skew
+from .kernels import orthogonalize_skew, pack_skew, unpack_skew
 from .registry import factors
 from .retraction import in_batches
 

@@ -25,9 +25,8 @@ from .factor import OrthogonalFactor
 from .finite import FiniteWatch
 from .kernels import rehearsal
 from .metrics import observed
-from .polar import spread_all
 from .registry import factors
-from .retraction import retract_all
+from .retraction import retract_all, spread_all
 
 log = logging.getLogger(__name__)
 

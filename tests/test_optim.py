@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, lr_scheduler
 
 from poetx_compile import Metrics, PoetxConfig, PoetxError, prepare, retraction
+from poetx_compile.kernels.polar import orthogonalize_skew
 from poetx_compile.optim import SkewMuon
-from poetx_compile.polar import orthogonalize_skew
 
 exact = partial(torch.testing.assert_close, rtol=0, atol=0)
 close = partial(torch.testing.assert_close, rtol=0, atol=1e-10)

@@ -14,8 +14,8 @@ from torch import nn
 from turned import CONFIG, master, of_dtypes, retract, small_factor, turn
 
 from poetx_compile import PoetxConfig, retraction
-from poetx_compile.kernels import HALF, naive
-from poetx_compile.retraction import in_batches, retract_all
+from poetx_compile.kernels import HALF, naive, spread_evenly
+from poetx_compile.retraction import in_batches, retract_all, spread_all
 
 GAINS = st.sampled_from((1.0, 0.5, 8.0))
 
@@ -131,6 +131,23 @@ def test_folding_many_at_once_equals_folding_one_by_one() -> None:
         torch.testing.assert_close(master(first), master(second), rtol=1e-6, atol=1e-6)
         assert first.is_clean
         assert not first.q.any()
+
+
+@pytest.mark.parametrize("skew_dtype", ["float32", "bfloat16"])
+def test_many_weights_are_spread_as_each_alone(skew_dtype: str) -> None:
+    config = PoetxConfig(block_size=16, chunk=4, skew_dtype=skew_dtype)
+    shapes = [(32, 50), (12, 32), (3, 20, 16)]
+    factors = [
+        OwningFactor(nn.Parameter(normal(*shape, seed=1, dtype=torch.bfloat16)), "fc.weight", config) for shape in shapes
+    ]
+    expected = []
+    for seed, factor in enumerate(factors):
+        turn(factor, seed)
+        parts = [spread_evenly(packed.float(), side.width) for packed, side in factor.skews()]
+        expected.append(torch.cat(parts).to(factor.q.dtype))
+    spread_all(factors)
+    for factor, wanted in zip(factors, expected):
+        torch.testing.assert_close(factor.q.detach(), wanted, rtol=1e-2 if skew_dtype == "bfloat16" else 1e-5, atol=1e-7)
 
 
 def test_work_is_cut_where_a_batch_is_full(monkeypatch: pytest.MonkeyPatch) -> None:

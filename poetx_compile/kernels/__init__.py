@@ -1,10 +1,11 @@
 """Tensor operations by schema, one implementation a device; this package knows tensors only.
 
-``poetx::block_gram``, ``poetx::cayley_neumann``, ``poetx::rotate_`` and ``poetx::effective`` mean what :mod:`.naive` says.
+``poetx::block_gram``, ``poetx::cayley_neumann``, ``poetx::rotate_`` and ``poetx::effective`` mean what :mod:`.naive` says,
+``poetx::spread_evenly`` what :func:`.polar.spread_in_torch` does.
 
-The latter three take a ``precision`` of the products on a GPU: ``ieee`` (float32 products), ``tf32x3`` (three products of 11
-bits each, nearly as exact) or ``tf32`` (one). ``cayley_neumann`` with ``tf32`` hands on ``4096 E`` in float16: the 11 bits that
-``rotate_`` multiplies.
+``cayley_neumann``, ``rotate_`` and ``effective`` take a ``precision`` of the products on a GPU: ``ieee`` (float32 products),
+``tf32x3`` (three products of 11 bits each, nearly as exact) or ``tf32`` (one). ``cayley_neumann`` with ``tf32`` hands on
+``4096 E`` in float16: the 11 bits that ``rotate_`` multiplies.
 """
 
 from . import ops
@@ -14,6 +15,7 @@ from .group import compose_, orthogonalize_
 from .linear import LINEAR_VERSION, lean_linear, rotated_linear
 from .many import Turn, rotate_all_
 from .naive import pack_skew, unpack_skew
+from .polar import orthogonalize_skew, spread_evenly
 from .precision import full_precision, unscaled
 from .quantize import GROUP, quantize_
 from .residual import HALF, decode, master_dtype, new_residual
@@ -40,6 +42,7 @@ __all__ = [
     "master_dtype",
     "new_residual",
     "orthogonalize_",
+    "orthogonalize_skew",
     "pack_skew",
     "project",
     "quantize_",
@@ -47,6 +50,7 @@ __all__ = [
     "rotate_all_",
     "rotated_linear",
     "round_stochastically_",
+    "spread_evenly",
     "unpack_skew",
     "unscaled",
 ]

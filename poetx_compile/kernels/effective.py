@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from . import naive
 from .dense import project
-from .ops import fits, library, one_pass, rotate_in_place, succeeds
+from .ops import fits, for_hopper, library, rotate_in_place, succeeds
 from .precision import UNIT
 from .quantize import dequantize
 from .residual import HALF, encode_
@@ -92,7 +92,7 @@ def _make_in_one_pass(
     run: int,
 ) -> bool:
     """Unpack and rotate both sides at once where that is possible, and say whether it was."""
-    kernel = one_pass("gluon_effective", weight.device)
+    kernel = for_hopper("gluon_effective", weight.device)
     is_fit = scales is not None or stored.dtype == weight.dtype
     if kernel is None or not is_fit or not kernel.serves(stored, rows, columns, run):
         return False

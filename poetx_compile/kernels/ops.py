@@ -21,13 +21,13 @@ log = logging.getLogger(__name__)
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 WIDEST = 512
-_TWO_PASSES = "rotations take two passes over each weight, which is slower: %s"
+_DONE_WITHOUT = "the kernel %s for Hopper GPUs does not compile and is done without, which is slower: %s"
 _ON_HOST = (
     "no memory on the device to rotate a weight of %d x %d: it was rotated on the host. Of several ranks, call "
     "poetx_compile.check_ranks(model, repair=True)"
 )
 
-_takes_two_passes: set[tuple[str, torch.device]] = set()
+_do_not_compile: set[tuple[str, torch.device]] = set()
 
 library = torch.library.Library("poetx", "DEF")
 library.define(
@@ -140,51 +140,51 @@ def is_for_one_pass(*operands: Tensor | None, run: int) -> bool:
     """Whether a kernel rotates both sides of a weight at once; ``operands`` as ``rotate_`` takes them, up to the channels."""
     weight = operands[0]
     assert weight is not None
-    kernel = one_pass("gluon_rotate", weight.device) if fits(weight) else None
+    kernel = for_hopper("gluon_rotate", weight.device) if fits(weight) else None
     return (
         kernel is not None
-        and (kernel.rotate_.__module__, weight.device) not in _takes_two_passes
+        and (kernel.rotate_.__module__, weight.device) not in _do_not_compile
         and kernel.serves(operands, run)
     )
 
 
 def distances_for_one_pass(operands: Sequence[Any]) -> Tensor:
     """All the memory that :func:`rotate_in_one_pass` takes."""
-    distances: Tensor = one_pass("gluon_rotate", operands[0][0].device).distances_of(operands)
+    distances: Tensor = for_hopper("gluon_rotate", operands[0][0].device).distances_of(operands)
     return distances
 
 
 def rotate_in_one_pass(operands: Sequence[Any], run: int, distances: Tensor) -> bool:
     """Rotate weights of one shape, each :func:`is_for_one_pass`, in one launch; False where the kernel does not compile."""
     device = operands[0][0].device
-    return succeeds(one_pass("gluon_rotate", device).rotate_, device, operands, run, distances)
+    return succeeds(for_hopper("gluon_rotate", device).rotate_, device, operands, run, distances)
 
 
 def succeeds(launch: Callable[..., None], device: torch.device, *operands: Any) -> bool:
-    """Launch a kernel of :func:`one_pass`, and say whether it compiles for this device: if not, nothing is written."""
+    """Launch a kernel of :func:`for_hopper`, and say whether it compiles for this device: if not, nothing is written."""
     from triton.errors import TritonError
 
-    if (launch.__module__, device) in _takes_two_passes:
+    if (launch.__module__, device) in _do_not_compile:
         return False
     try:
         launch(*operands)
     except (TritonError, RuntimeError) as error:  # compilation comes before the launch
         if "[CUDA]" not in str(error):  # of the driver, which may have memory again next time
-            _takes_two_passes.add((launch.__module__, device))
-        log.warning(_TWO_PASSES, error)
+            _do_not_compile.add((launch.__module__, device))
+        log.warning(_DONE_WITHOUT, launch.__module__.rpartition(".")[2], error)
         return False
     return True
 
 
 @functools.cache
-def one_pass(name: str, device: torch.device) -> Any:
-    """The module of a kernel that does both sides in one pass, on the GPUs that it is written for; else None."""
+def for_hopper(name: str, device: torch.device) -> Any:
+    """The module of a kernel that is written for Hopper GPUs, on these; else None."""
     if torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
         return None
     try:
         return importlib.import_module(f".{name}", __package__)
     except (ImportError, AttributeError) as error:
-        log.warning(_TWO_PASSES, error)
+        log.warning(_DONE_WITHOUT, name, error)
         return None
 
 

@@ -22,6 +22,7 @@ from .dense import project
 from .effective import effective
 from .group import compose_
 from .ops import block_gram, cayley_neumann, fits, rotate_
+from .polar import spread_evenly
 from .quantize import GROUP
 from .residual import HALF, master_dtype, new_residual
 
@@ -57,6 +58,7 @@ class Kind(NamedTuple):
         dtype: of the weight.
         stored: that of its base where it is stored lean, else None.
         residual_bits: of a folded half-precision weight.
+        is_even: whether steps are made even.
         activations: dtype of its product; None for the dense route.
         bias_side: the place among rows and columns of the outputs, where the product adds a bias and they are rotated.
     """
@@ -68,6 +70,7 @@ class Kind(NamedTuple):
     precision: str
     stored: torch.dtype | None
     residual_bits: int
+    is_even: bool
     activations: torch.dtype | None = None
     bias_side: int | None = None
 
@@ -114,11 +117,13 @@ def gradient(kind: Kind) -> None:
 
 
 def turn(kind: Kind) -> None:
-    """From skew parameters to rotations."""
+    """From skew parameters to even ones, and to rotations."""
     for side in kind.sides:
         if side.width:
             skew = kind.zeros(side.blocks * (side.width * (side.width - 1) // 2), dtype=master_dtype(kind.dtype))
             cayley_neumann(skew, side.width, 1.0, kind.precision)
+            if kind.is_even:
+                spread_evenly(skew, side.width)
 
 
 def fold(kind: Kind) -> None:

@@ -165,13 +165,14 @@ def turn_near(skew: Tensor, width: int, scale: float) -> tuple[Tensor, Tensor]:
     tile = min(128, side)
     tiles = -(-width // tile)
     rotation = torch.empty(blocks, width, width, dtype=torch.float16, device=skew.device)
-    omega, square, lead, series = torch.empty(4, blocks, width, width, dtype=torch.float16, device=skew.device)
+    omega, square, lead = torch.empty(3, blocks, width, width, dtype=torch.float16, device=skew.device)
     norms = torch.empty(blocks, tiles, tiles, tile, dtype=torch.float32, device=skew.device)
     unpacked = min(64, side)
     _unpack_kernel[(blocks * (-(-width // unpacked)) ** 2,)](skew, omega, scale, WIDTH=width, TILE=unpacked, num_warps=4)
     shared = {"WIDTH": width, "TILE": tile, "TILE_K": min(64, side), "num_warps": 4, "num_stages": 3}
     grid = (blocks * tiles * tiles,)
     _square_kernel[grid](omega, square, lead, **shared)
+    series = omega  # which no kernel reads any more
     _series_kernel[grid](square, series, norms, C1=_C1, C2=_C2, **shared)
     _turn_kernel[grid](lead, series, rotation, C0=_C0, **shared)
     return rotation, norms

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..factor import OrthogonalFactor
+from ..kernels.polar import POLYNOMIALS
 from ..layout import BlockLayout
-from ..polar import POLYNOMIALS
 
 
 def explicit_weight(factor: OrthogonalFactor, weight: Tensor, q: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def spread(factor: OrthogonalFactor, q: Tensor) -> Tensor:
 
 
 def spread_block(packed: Tensor, width: int) -> Tensor:
-    """What :func:`..polar.spread_evenly` makes of one block, by its singular values."""
+    """What :func:`..kernels.polar.spread_in_torch` makes of one block, by its singular values."""
     upper = torch.triu_indices(width, width, 1, device=packed.device).unbind()
     block = packed.new_zeros(width, width).index_put(upper, packed)
     left, sizes, right = torch.linalg.svd(block - block.mT)

@@ -57,7 +57,7 @@ def leave() -> None:
     rehearsal.PARTS = (compile_far,)
     rehearsal.fits = lambda tensor, *widths: True
     side = rehearsal.Side(16, 1, 16, 16)
-    kind = rehearsal.Kind(torch.device("cpu"), torch.float32, side, side, "ieee", None, 8)
+    kind = rehearsal.Kind(torch.device("cpu"), torch.float32, side, side, "ieee", None, 8, True)
     rehearsal.start(kind._replace(residual_bits=bits) for bits in (8, 4, 0))
     started.wait()
     (thread,) = rehearsal._running

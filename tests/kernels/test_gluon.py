@@ -1,4 +1,4 @@
-"""The kernels that do both sides in one pass on a Hopper GPU; that they compile is checked in ``test_triton.py``."""
+"""The kernels for Hopper GPUs, of both sides in one pass and of even steps; that they compile is checked in ``test_triton.py``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from poetx_compile.kernels import HALF, Made, cayley_neumann, decode, naive, quantize_, rotate_, unscaled
+from poetx_compile.kernels import (
+    HALF,
+    Made,
+    cayley_neumann,
+    decode,
+    naive,
+    pack_skew,
+    quantize_,
+    rotate_,
+    spread_evenly,
+    unscaled,
+)
+from poetx_compile.kernels.polar import spread_in_torch
 from poetx_compile.layout import BlockLayout
 
 pytestmark = [
@@ -138,13 +150,13 @@ def test_a_kernel_that_does_not_compile_is_done_without(
     def fail(*operands: object) -> None:
         raise RuntimeError("PassManager::run failed")
 
-    monkeypatch.setattr(ops, "_takes_two_passes", set())
+    monkeypatch.setattr(ops, "_do_not_compile", set())
     monkeypatch.setattr(gluon_rotate, "rotate_", fail)
     args = operands(256, 256, 256, 256, torch.bfloat16, 1e-3)
     for _ in range(2):
         got, expected = decode(*rotated(args)), exact(args)
         assert torch.linalg.norm(got - expected) < 4e-5 * torch.linalg.norm(expected)
-    assert caplog.text.count("take two passes over each weight") == 1
+    assert caplog.text.count("gluon_rotate for Hopper") == 1
 
 
 # --- Effective weights -----------------------------------------------------------------------------------------------
@@ -216,3 +228,53 @@ def test_a_matrix_in_odd_places_is_unpacked_first() -> None:
     some = made(256, 256, 256, 256, torch.bfloat16, 1e-3, "int8")
     odd = torch.empty(256 * 256 + 1, dtype=torch.int8, device="cuda")[1:].view(256, 256).copy_(some.stored)
     torch.testing.assert_close(some._replace(stored=odd).weight(), some.weight(), rtol=2**-7, atol=1e-4)
+
+
+# --- Even steps ------------------------------------------------------------------------------------------------------
+
+
+def skews(blocks: int, size: float) -> Tensor:
+    """Packed blocks, each of another spectrum: from all singular values of one size to a few that are large."""
+    generator = torch.Generator("cuda").manual_seed(blocks)
+    dense = torch.randn(blocks, 256, 256, generator=generator, device="cuda", dtype=torch.float64)
+    fall = torch.linspace(0, 3, blocks, device="cuda", dtype=torch.float64)[:, None]
+    dense *= (torch.arange(1, 257, device="cuda", dtype=torch.float64) ** -fall)[:, :, None]
+    return pack_skew(dense - dense.mT).float() * size
+
+
+@pytest.mark.parametrize("blocks", [1, 5, 133])
+@pytest.mark.parametrize("size", [1e-15, 1e-3, 1e15])
+def test_even_steps_agree_with_the_oracle(blocks: int, size: float) -> None:
+    from poetx_compile.kernels import gluon_polar
+
+    packed = skews(blocks, size)
+    assert gluon_polar.serves(packed, 256)
+    got = torch.full_like(packed, torch.nan)
+    gluon_polar.spread_evenly(got, packed)
+    assert torch.equal(got, spread_evenly(packed, 256))
+    in_torch, precise = spread_in_torch(packed, 256), spread_in_torch(packed.double(), 256)
+    got, in_torch, precise = (each.double().view(blocks, -1) / size for each in (got, in_torch, precise))
+    norm = precise.norm(dim=1)
+    assert ((got - precise).norm(dim=1) < 1.5 * (in_torch - precise).norm(dim=1) + 0.01 * norm).all()
+    torch.testing.assert_close(got.norm(dim=1), norm, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_zeros_stay_and_what_is_not_finite_stays_in_its_block(bad: float) -> None:
+    packed = skews(4, 1e-3)
+    clean = spread_evenly(packed, 256).view(4, -1)
+    packed.view(4, -1)[1, 700] = bad
+    packed.view(4, -1)[2] = 0
+    got = spread_evenly(packed, 256).view(4, -1)
+    assert got[1].isnan().all()
+    assert not got[2].any()
+    assert torch.equal(got[::3], clean[::3])
+
+
+@pytest.mark.parametrize("width", [254, 128, 512])
+def test_other_widths_are_made_even_in_torch(width: int) -> None:
+    from poetx_compile.kernels import gluon_polar
+
+    packed = torch.randn(3 * width * (width - 1) // 2, device="cuda")
+    assert not gluon_polar.serves(packed, width)
+    assert torch.equal(spread_evenly(packed, width), spread_in_torch(packed, width))

@@ -10,7 +10,17 @@ import torch
 from strategies import normal
 from torch import Tensor
 
-from poetx_compile.kernels import HALF, LINEAR_VERSION, block_gram, cayley_neumann, decode, naive, rotate_, rotated_linear
+from poetx_compile.kernels import (
+    HALF,
+    LINEAR_VERSION,
+    block_gram,
+    cayley_neumann,
+    decode,
+    naive,
+    rotate_,
+    rotated_linear,
+    spread_evenly,
+)
 from poetx_compile.kernels.precision import full_precision
 from poetx_compile.layout import BlockLayout
 
@@ -93,6 +103,12 @@ def test_block_gram_passes_opcheck(device: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_cayley_neumann_passes_opcheck(device: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(cayley_neumann, skew_args(device, dtype))
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_spread_evenly_passes_opcheck(device: str, dtype: torch.dtype) -> None:
+    torch.library.opcheck(spread_evenly, skew_args(device, dtype)[:2])
 
 
 @on_devices

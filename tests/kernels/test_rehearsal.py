@@ -125,14 +125,14 @@ def test_a_small_side_is_as_aligned_as_a_large_one(features: int, block: int, ch
 
 ROWS, COLUMNS, NONE = Side(40, 2, 16, 4), Side(33, 1, 32, 1), Side(7, 0, 0, 1)
 KINDS = {
-    "folded": Kind(torch.device("cpu"), torch.bfloat16, ROWS, COLUMNS, "tf32", None, 8, torch.bfloat16, 0),
-    "float32": Kind(torch.device("cpu"), torch.float32, ROWS, COLUMNS, "tf32x3", None, 8, torch.bfloat16, 1),
-    "dense": Kind(torch.device("cpu"), torch.float16, ROWS, COLUMNS, "tf32", None, 8),
-    "lossy": Kind(torch.device("cpu"), torch.bfloat16, ROWS, COLUMNS, "tf32", None, 0, torch.bfloat16),
-    "int8": Kind(torch.device("cpu"), torch.bfloat16, ROWS, COLUMNS, "tf32", torch.int8, 8, torch.bfloat16, 0),
-    "lean": Kind(torch.device("cpu"), torch.bfloat16, ROWS, COLUMNS, "tf32", torch.bfloat16, 8, torch.bfloat16),
-    "rows": Kind(torch.device("cpu"), torch.float32, ROWS, NONE, "tf32x3", None, 8, torch.float32, 0),
-    "columns": Kind(torch.device("cpu"), torch.bfloat16, NONE, COLUMNS, "tf32", torch.int8, 8, torch.bfloat16),
+    "folded": Kind(torch.device("cpu"), torch.bfloat16, ROWS, COLUMNS, "tf32", None, 8, True, torch.bfloat16, 0),
+    "float32": Kind(torch.device("cpu"), torch.float32, ROWS, COLUMNS, "tf32x3", None, 8, True, torch.bfloat16, 1),
+    "dense": Kind(torch.device("cpu"), torch.float16, ROWS, COLUMNS, "tf32", None, 8, True),
+    "lossy": Kind(torch.device("cpu"), torch.bfloat16, ROWS, COLUMNS, "tf32", None, 0, True, torch.bfloat16),
+    "int8": Kind(torch.device("cpu"), torch.bfloat16, ROWS, COLUMNS, "tf32", torch.int8, 8, True, torch.bfloat16, 0),
+    "lean": Kind(torch.device("cpu"), torch.bfloat16, ROWS, COLUMNS, "tf32", torch.bfloat16, 8, True, torch.bfloat16),
+    "rows": Kind(torch.device("cpu"), torch.float32, ROWS, NONE, "tf32x3", None, 8, True, torch.float32, 0),
+    "columns": Kind(torch.device("cpu"), torch.bfloat16, NONE, COLUMNS, "tf32", torch.int8, 8, True, torch.bfloat16),
 }
 
 
@@ -149,6 +149,7 @@ def test_a_rehearsal_runs_and_leaves_no_trace(kind: str, part: Any) -> None:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
     """Which variants of which kernels are launched, as Triton tells them apart; CPU tensors stand for a GPU's, and none runs."""
+    effective, polar = (importlib.import_module(f"poetx_compile.kernels.{name}") for name in ("effective", "polar"))
     variants: set[tuple[str, str]] = set()
     target = make_backend(GPUTarget("cuda", 90, 32))
 
@@ -156,12 +157,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
         _, key, options = create_function_from_signature(kernel.signature, kernel.params, target)(*args, **settings)
         variants.add((f"{kernel.__module__}.{kernel.__name__}", f"{key} {options}"))
 
-    for module in (ops, group, importlib.import_module("poetx_compile.kernels.effective")):
+    for module in (ops, group, effective, polar):
         monkeypatch.setattr(module, "fits", lambda tensor, *widths: tensor.dtype != torch.float64)
-    for module in (ops, importlib.import_module("poetx_compile.kernels.effective")):
-        monkeypatch.setattr(
-            module, "one_pass", lambda name, device: importlib.import_module(f"poetx_compile.kernels.{name}")
-        )
+    load = partial(importlib.import_module, package="poetx_compile.kernels")
+    for module in (ops, effective, polar):
+        monkeypatch.setattr(module, "for_hopper", lambda name, device: load(f".{name}"))
     monkeypatch.setattr(gluon_rotate, "distances_of", lambda operands: torch.zeros(6 * len(operands), dtype=torch.int64))
     monkeypatch.setattr(tuning, "processors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
@@ -216,7 +216,8 @@ def test_a_step_launches_no_variant_that_was_not_rehearsed(
             part(kind)
     assert {"_pack_kernel", "_far_kernel"} <= {name.rpartition(".")[2] for name, _ in real}
     if (m, n, dtype, storage) == (1024, 768, torch.bfloat16, "folded"):
-        assert any(name.startswith("poetx_compile.kernels.gluon_rotate.") for name, _ in real)
+        ours = {name.rpartition(".")[0] for name, _ in real}
+        assert {"poetx_compile.kernels.gluon_rotate", "poetx_compile.kernels.gluon_polar"} <= ours
     assert real <= launched
 
 

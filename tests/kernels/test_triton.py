@@ -19,6 +19,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from poetx_compile.kernels import (
     gluon_effective,
+    gluon_polar,
     gluon_rotate,
     triton_cayley,
     triton_gram,
@@ -154,6 +155,11 @@ def test_both_sides_in_one_pass_compile_for_hopper(m: int, n: int, dtype: str) -
     for stored in ("i8", dtype):
         types |= {"stored": f"*{stored}", "out": f"*{dtype}"}
         compiled("sm90", kernel, constants | {"IS_CODED": stored == "i8"}, m // 16, 1, GluonASTSource, **types)
+
+
+def test_even_steps_compile_for_hopper() -> None:
+    constants = {name: 0.0 for name in ("LEAST", "LEAST_BOUND")} | {"POLYNOMIALS": gluon_polar.POLYNOMIALS, "WARPS": 8}
+    compiled("sm90", gluon_polar._spread_kernel, constants, 8, 1, GluonASTSource, out="*fp32")
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import by_singular_values
-from strategies import OwningFactor, normal
-from torch import Tensor, nn
-from turned import turn
+from torch import Tensor
 
-from poetx_compile import PoetxConfig
-from poetx_compile.kernels import pack_skew, unpack_skew
-from poetx_compile.polar import POLYNOMIALS, orthogonalize_skew, spread_all, spread_evenly
+from poetx_compile.kernels import orthogonalize_skew, pack_skew, spread_evenly, unpack_skew
+from poetx_compile.kernels.polar import POLYNOMIALS
 from poetx_compile.testing.explicit import spread_block
 
 exact = partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -133,20 +130,3 @@ class TestSpreadEvenly:
         spread = spread_evenly(blocks.cuda(), 256).cpu()
         assert (spread - spread_evenly(blocks, 256)).norm() / spread.norm() < 0.05
         torch.testing.assert_close(spread.norm(), blocks.norm(), rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("skew_dtype", ["float32", "bfloat16"])
-def test_many_weights_are_spread_as_each_alone(skew_dtype: str) -> None:
-    config = PoetxConfig(block_size=16, chunk=4, skew_dtype=skew_dtype)
-    shapes = [(32, 50), (12, 32), (3, 20, 16)]
-    factors = [
-        OwningFactor(nn.Parameter(normal(*shape, seed=1, dtype=torch.bfloat16)), "fc.weight", config) for shape in shapes
-    ]
-    expected = []
-    for seed, factor in enumerate(factors):
-        turn(factor, seed)
-        parts = [spread_evenly(packed.float(), side.width) for packed, side in factor.skews()]
-        expected.append(torch.cat(parts).to(factor.q.dtype))
-    spread_all(factors)
-    for factor, wanted in zip(factors, expected):
-        torch.testing.assert_close(factor.q.detach(), wanted, rtol=1e-2 if skew_dtype == "bfloat16" else 1e-5, atol=1e-7)

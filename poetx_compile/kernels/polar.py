@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from .factor import OrthogonalFactor
-from .kernels import full_precision, master_dtype, pack_skew, unpack_skew
-from .retraction import in_batches
+from .naive import pack_skew, unpack_skew
+from .ops import fits, for_hopper, library, succeeds
+from .precision import full_precision
 
-_LEAST_NORM = 1e-7
+LEAST_NORM = 1e-7
 POLYNOMIALS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 """``(a, b, c)`` of the steps of :func:`spread_evenly`: each the best of its degree for what the one before leaves."""
 
@@ -37,7 +35,7 @@ def orthogonalize_skew(
     a, b, c = coefficients
     dtype = _products(blocks)
     bound = torch.linalg.matrix_norm(blocks, keepdim=True) / math.sqrt(2)
-    x = (blocks / bound.clamp(min=_LEAST_NORM)).to(dtype)
+    x = (blocks / bound.clamp(min=LEAST_NORM)).to(dtype)
     with full_precision(blocks.device):
         for _ in range(steps):
             turned = _step(x, x @ x.mT, a, b, c)
@@ -45,26 +43,23 @@ def orthogonalize_skew(
     return x.to(blocks.dtype)
 
 
-@torch.no_grad()
-def spread_all(work: Iterable[OrthogonalFactor]) -> None:
-    """Apply :func:`spread_evenly` to the ``q`` of many weights, in place; blocks of one width share their products."""
-    for batch in in_batches((factor,) for factor in work):
-        groups: dict[tuple[int, torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-        for (factor,) in batch:
-            for packed, side in factor.skews():
-                groups[side.width, packed.device, packed.dtype].append(packed)
-        for (width, _, dtype), members in groups.items():
-            spread = spread_evenly(torch.cat(members).to(master_dtype(dtype)), width)
-            torch._foreach_copy_(members, spread.split([len(packed) for packed in members]))
+def _spread_evenly(packed: Tensor, width: int) -> Tensor:
+    kernel = for_hopper("gluon_polar", packed.device) if fits(packed, width) else None
+    if kernel is not None and kernel.serves(packed, width):
+        out = torch.empty_like(packed)
+        with torch.cuda.device(packed.device):
+            if succeeds(kernel.spread_evenly, packed.device, out, packed):
+                return out
+    return spread_in_torch(packed, width)
 
 
-def spread_evenly(packed: Tensor, width: int) -> Tensor:
+def spread_in_torch(packed: Tensor, width: int) -> Tensor:
     """Replace each block by its polar factor, nearly, at the Frobenius norm that it had: all its channels turn by one angle.
 
     Three steps of an iteration like that of :func:`orthogonalize_skew`, with the polynomials that bring singular values from
     0.01 to 1 as near to 1 as these degrees can (https://arxiv.org/abs/2505.16932), within 0.27. They start from a block over a
     tighter bound of its spectral norm, ``(‖S‖² / 2)^¼``, and run in bfloat16 on a GPU, elsewhere in the dtype of ``packed``, in
-    float64 for float64.
+    float64 for float64. This is the meaning of ``poetx::spread_evenly``, which has a kernel on Hopper GPUs.
 
     Args:
         packed: ``[r · b(b − 1)/2]``, blocks of ``width`` ``b``, packed as ``q``.
@@ -79,7 +74,7 @@ def spread_evenly(packed: Tensor, width: int) -> Tensor:
     x = unpack_skew((flat / sizes.clamp(min=least)).to(dtype).view(-1), width)
     with full_precision(packed.device):
         square = x @ x.mT
-        bound = (torch.linalg.matrix_norm(square, keepdim=True) / math.sqrt(2)).sqrt().clamp(min=_LEAST_NORM)
+        bound = (torch.linalg.matrix_norm(square, keepdim=True) / math.sqrt(2)).sqrt().clamp(min=LEAST_NORM)
         first, *others = POLYNOMIALS
         x = _step(x / bound, square / bound.square(), *first)
         for polynomial in others:
@@ -96,3 +91,16 @@ def _step(x: Tensor, square: Tensor, a: float, b: float, c: float) -> Tensor:
 
 def _products(tensor: Tensor) -> torch.dtype:
     return torch.bfloat16 if tensor.is_cuda and tensor.dtype != torch.float64 else tensor.dtype
+
+
+library.define("spread_evenly(Tensor packed, int width) -> Tensor")
+for _device in ("CPU", "CUDA"):
+    library.impl("spread_evenly", _spread_evenly, _device)
+
+
+@torch.library.register_fake("poetx::spread_evenly", lib=library)
+def _(packed: Tensor, width: int) -> Tensor:
+    return torch.empty_like(packed)
+
+
+spread_evenly = torch.ops.poetx.spread_evenly.default
