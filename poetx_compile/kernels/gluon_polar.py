@@ -37,16 +37,26 @@ def _load(packed, TILE_I: gl.constexpr, TILE_J: gl.constexpr, LAYOUT: gl.constex
 
 
 @gluon.jit
-def _store(packed, tile, scale, TILE_I: gl.constexpr, TILE_J: gl.constexpr, LAYOUT: gl.constexpr):
+def _store(packed, value, TILE_I: gl.constexpr, TILE_J: gl.constexpr, LAYOUT: gl.constexpr):
     places, mask = _places(TILE_I, TILE_J, LAYOUT)
-    gl.store(packed + places, tile.load(LAYOUT).to(gl.float32) * scale, mask=mask)
+    gl.store(packed + places, value, mask=mask)
+
+
+@gluon.jit
+def _floats(tile, LAYOUT: gl.constexpr):
+    return tile.load(LAYOUT).to(gl.float32)
+
+
+@gluon.jit
+def _upper(tile, LAYOUT: gl.constexpr):
+    """Of a tile on the diagonal."""
+    _, mask = _places(0, 0, LAYOUT)
+    return gl.where(mask, _floats(tile, LAYOUT), 0.0)
 
 
 @gluon.jit
 def _norm(tile_00, tile_01, tile_11):
-    """Of a matrix whose tiles ``01`` and ``10`` have one norm."""
-    squares = tile_00 * tile_00 + 2 * tile_01 * tile_01 + tile_11 * tile_11
-    return gl.sqrt(gl.sum(gl.sum(squares, 1), 0))
+    return gl.sqrt(gl.sum(gl.sum(tile_00 * tile_00 + tile_01 * tile_01 + tile_11 * tile_11, 1), 0))
 
 
 @gluon.jit
@@ -85,10 +95,9 @@ def _hold(tile_00, tile_01, tile_11, value_00, value_01, value_11):
 
 
 @gluon.jit
-def _plus_diagonal(tile, value, LAYOUT: gl.constexpr):
-    i = gl.arange(0, _TILE, gl.SliceLayout(1, LAYOUT))
-    j = gl.arange(0, _TILE, gl.SliceLayout(0, LAYOUT))
-    return gl.where(i[:, None] == j[None, :], tile + value, tile)
+def _rounded(tile):
+    """As it is held: ``bS`` and ``cS²`` nearly cancel, and so must the errors of ``S`` in them."""
+    return tile.to(gl.bfloat16).to(gl.float32)
 
 
 @gluon.jit
@@ -122,7 +131,7 @@ def _spread_kernel(
     s_11 = gl.allocate_shared_memory(gl.bfloat16, [_TILE, _TILE], SHARED)
 
     upper_00, upper_01, upper_11 = _load(packed, 0, 0, ROWS), _load(packed, 0, 1, ROWS), _load(packed, 1, 1, ROWS)
-    size = gl.sqrt(gl.sum(gl.sum(upper_00 * upper_00 + upper_01 * upper_01 + upper_11 * upper_11, 1), 0))
+    size = _norm(upper_00, upper_01, upper_11)
     unit = 1 / gl.maximum(size, LEAST)
     x_00.store((upper_00 * unit).to(gl.bfloat16))
     x_01.store((upper_01 * unit).to(gl.bfloat16))
@@ -139,23 +148,24 @@ def _spread_kernel(
         y_00, y_01, y_11 = _multiply(x_00, x_01, x_11.permute((1, 0)), x_00, x_01, x_11, zeros, zeros, zeros)
         shrink = 1.0
         if step == 0:
-            shrink = 1 / gl.maximum(gl.sqrt(_norm(y_00, y_01, y_11) * 0.5**0.5), LEAST_BOUND)
+            shrink = 1 / gl.maximum(gl.sqrt(_norm(y_00, y_01 * 2**0.5, y_11) * 0.5**0.5), LEAST_BOUND)
         square = shrink * shrink
-        y_00, y_01, y_11 = y_00 * square, y_01 * -square, y_11 * square
+        y_00, y_01, y_11 = _rounded(y_00 * square), _rounded(y_01 * -square), _rounded(y_11 * square)
         _hold(s_00, s_01, s_11, y_00, y_01, y_11)
         ratio = b / c
         y_00, y_01, y_11 = _multiply(s_00, s_01, s_11, s_00, s_01, s_11, y_00 * ratio, y_01 * ratio, y_11 * ratio)
-        a, c = a * shrink, c * shrink
-        y_00, y_01, y_11 = _plus_diagonal(y_00 * c, a, PRODUCT), y_01 * c, _plus_diagonal(y_11 * c, a, PRODUCT)
-        _hold(s_00, s_01, s_11, y_00, y_01, y_11)
-        y_00, y_01, y_11 = _multiply(x_00, x_01, x_11, s_00, s_01, s_11, zeros, zeros, zeros)
+        c *= shrink
+        _hold(s_00, s_01, s_11, y_00 * c, y_01 * c, y_11 * c)
+        a *= shrink
+        y_00, y_01, y_11 = _floats(x_00, PRODUCT) * a, _floats(x_01, PRODUCT) * a, _floats(x_11, PRODUCT) * a
+        y_00, y_01, y_11 = _multiply(x_00, x_01, x_11, s_00, s_01, s_11, y_00, y_01, y_11)
         _hold(x_00, x_01, x_11, y_00, y_01, y_11)
 
-    norm = _norm(x_00.load(PRODUCT).to(gl.float32), x_01.load(PRODUCT).to(gl.float32), x_11.load(PRODUCT).to(gl.float32))
-    scale = size / gl.maximum(norm * 0.5**0.5, LEAST)
-    _store(out, x_00, scale, 0, 0, ROWS)
-    _store(out, x_01, scale, 0, 1, ROWS)
-    _store(out, x_11, scale, 1, 1, ROWS)
+    upper_00, upper_01, upper_11 = _upper(x_00, ROWS), _floats(x_01, ROWS), _upper(x_11, ROWS)
+    scale = size / gl.maximum(_norm(upper_00, upper_01, upper_11), LEAST)
+    _store(out, upper_00 * scale, 0, 0, ROWS)
+    _store(out, upper_01 * scale, 0, 1, ROWS)
+    _store(out, upper_11 * scale, 1, 1, ROWS)
 
 
 def serves(packed: Tensor, width: int) -> bool:
