@@ -51,6 +51,7 @@ def cases(args: argparse.Namespace) -> Iterator[Row]:
                         seq=args.seq,
                         block=args.block if method == "poetx" else None,
                         skew_dtype=args.skew_dtype if method == "poetx" else "",
+                        updates=args.updates if method == "poetx" else "",
                         steps=args.steps,
                     )
 
@@ -125,6 +126,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=15, help="timed, after the warm-up")
     parser.add_argument("--block", type=int, default=256, help="poetx's block_size")
     parser.add_argument("--skew-dtype", choices=("float32", "bfloat16"), default="float32", help="poetx's skew_dtype")
+    parser.add_argument("--updates", choices=("orthogonal", "given"), default="orthogonal", help="poetx's updates")
     parser.add_argument("--compile", choices=("model", "layers"), default="model", help="fsdp2: always its layers")
     parser.add_argument("--inner", choices=("inductor", "aot_eager"), default="inductor", help="what compiles")
     parser.add_argument("--bucket-mb", type=int, default=25, help="DistributedDataParallel's bucket_cap_mb")

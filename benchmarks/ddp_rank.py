@@ -61,7 +61,7 @@ class Training:
         case = self._case
         settings: dict[str, Any] = {"backend": case.inner, "dynamic": False}
         if case.method == "poetx":
-            options = {"block_size": case.block, "skew_dtype": case.skew_dtype, "inner": case.inner}
+            options = {"block_size": case.block, "skew_dtype": case.skew_dtype, "inner": case.inner, "updates": case.updates}
             settings |= {"backend": "poetx", "options": options}
             if case.ranks > 1:
                 one = self._ids[:1]  # prepare runs the model without a compiler, which takes more memory than a step

@@ -24,7 +24,7 @@ class Row:
         ctas: thread blocks that NCCL may take (``NCCL_MAX_CTAS``), each a processor's; 0 leaves it to NCCL.
         ranks: GPUs, one process each. On one there is no wrapper.
         batch, seq: sequences, and tokens in each, on every rank.
-        block, skew_dtype: poetx's ``block_size``, and the type of ``q``, its gradients and its states.
+        block, skew_dtype, updates: poetx's ``block_size``, the type of ``q``, its gradients and its states, and ``updates``.
         ms_median, ms_q20, ms_q80: milliseconds of a step on the slowest rank.
         tokens_per_second: of one rank.
         efficiency: ``tokens_per_second`` over that of the same method on one rank.
@@ -51,6 +51,7 @@ class Row:
     seq: int
     block: int | None
     skew_dtype: str
+    updates: str
     parameters: int | None = None
     steps: int | None = None
     ms_median: float | None = None
@@ -76,6 +77,7 @@ class Row:
     def described(self) -> str:
         """The label, and what was not left as it is by default."""
         others = {
+            "updates as given": self.updates == "given",
             f"q in {self.skew_dtype}": self.skew_dtype not in ("", "float32"),
             "graphs not split": not self.split,
             f"{self.ctas} blocks of NCCL": bool(self.ctas),
@@ -89,13 +91,13 @@ class Row:
 
     def runs_alone(self, other: Row) -> bool:
         """Whether ``other`` is the same work on one rank, where nothing travels."""
-        same = ("model", "method", "compiled", "inner", "batch", "seq", "block", "skew_dtype")
+        same = ("model", "method", "compiled", "inner", "batch", "seq", "block", "skew_dtype", "updates")
         return other.ranks == 1 and all(getattr(self, name) == getattr(other, name) for name in same)
 
 
 ASKED = (
     *("model", "method", "compress", "compiled", "inner", "split", "bucket_mb", "ctas", "ranks", "batch", "seq"),
-    *("block", "skew_dtype"),
+    *("block", "skew_dtype", "updates"),
 )
 FACTS = ("device", "torch", "triton", "cuda", "driver", "transformers", "date", "poetx_compile")
 _COLUMNS = [name for name in get_type_hints(Row) if name != "facts"]
@@ -145,7 +147,9 @@ def read_csv(path: Path) -> list[Row]:
 
 
 _TYPES: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("model", "method", "compress", "compiled", "inner", "skew_dtype", "counted_by", "reason"), str),
+    **dict.fromkeys(
+        ("model", "method", "compress", "compiled", "inner", "skew_dtype", "updates", "counted_by", "reason"), str
+    ),
     **dict.fromkeys(
         ("bucket_mb", "ctas", "ranks", "batch", "seq", "block", "parameters", "steps", "payload_bytes", "wire_bytes"), int
     ),

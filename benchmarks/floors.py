@@ -97,6 +97,11 @@ def retract(m: int, n: int, block: int) -> list[Kernel]:
     ]
 
 
+def even_steps(m: int, n: int, block: int) -> list[Kernel]:
+    """Steps near their polar factors: nine products a block, three quarters of each, of skew and symmetric matrices."""
+    return [Kernel(9 * 3 * block**3 // 2 * ((m + n) // block), 8 * skews(m, n, block))]
+
+
 def official_merge(m: int, n: int, block: int) -> list[Kernel]:
     """The same for a bfloat16 weight without residual, in bfloat16."""
     return [

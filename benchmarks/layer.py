@@ -85,10 +85,12 @@ class Benchmark:
         where = self._source, m, n, methods.weights_at_once(m, n)
         yield Case("adamw", None, partial(methods.adamw, *where), floors.adamw(m * n))
         for block in self._args.blocks:
-            fold = floors.retract(m, n, block)
+            fold, even = floors.retract(m, n, block), floors.even_steps(m, n, block)
             step = floors.adamw(floors.skews(m, n, block), width=4)
             yield Case("poetx", block, partial(methods.retract, *where, block), fold)
-            yield Case("poetx with AdamW on q", block, partial(methods.step_and_retract, *where, block), [*step, *fold])
+            yield Case("poetx, even steps", block, partial(methods.spread_and_retract, *where, block), [*even, *fold])
+            whole = [*step, *even, *fold]
+            yield Case("poetx with AdamW on q", block, partial(methods.step_and_retract, *where, block), whole)
         if self._official is None:
             return
         for block in self._args.official_blocks:

@@ -13,7 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 from poetx_compile.config import PoetxConfig
 from poetx_compile.factor import OrthogonalFactor
 from poetx_compile.kernels import LINEAR_VERSION, rotated_linear
-from poetx_compile.retraction import retract_all
+from poetx_compile.retraction import retract_all, spread_all
 
 DTYPE = torch.bfloat16
 TYPICAL_SKEW = 2e-3
@@ -85,13 +85,26 @@ def retract(source: Source, m: int, n: int, count: int, block: int) -> Work:
     return Work(run, lambda: fill([factor.q for factor in factors], values), weights)
 
 
+def spread_and_retract(source: Source, m: int, n: int, count: int, block: int) -> Work:
+    """The same, with even steps before it."""
+    weights, factors = _factors(source, m, n, count, block)
+    values = [source.normal(*factor.q.shape, scale=TYPICAL_SKEW, dtype=factor.q.dtype) for factor in factors]
+
+    def run() -> None:
+        spread_all(factors)
+        retract_all((factor, 1.0) for factor in factors)
+
+    return Work(run, lambda: fill([factor.q for factor in factors], values), weights)
+
+
 def step_and_retract(source: Source, m: int, n: int, count: int, block: int) -> Work:
-    """AdamW's step over the ``q`` of ``count`` weights, and the fold: all that replaces AdamW over the weights."""
+    """AdamW's step over the ``q`` of ``count`` weights, even steps, and the fold: all that replaces AdamW over the weights."""
     weights, factors = _factors(source, m, n, count, block)
     optimizer = _adamw(source, [factor.q for factor in factors], lr=TYPICAL_SKEW)
 
     def run() -> None:
         optimizer.step()
+        spread_all(factors)
         retract_all((factor, 1.0) for factor in factors)
 
     return Work(run, _nothing, weights)

@@ -95,10 +95,11 @@ class Load:
         trained = self.size.layers * sum(rank * (m + n) for m, n in self.size.linears)
         return StepFloor(training, floors.adamw(trained))
 
-    def poetx(self, block: int) -> StepFloor:
+    def poetx(self, block: int, is_even: bool = True) -> StepFloor:
         training = self._training(lambda m, n: floors.poetx(m, n, self.tokens, block))
         optimizer = [*floors.adamw(self.size.outside), *floors.adamw(self._skews(block), width=4)]
-        return StepFloor(training, optimizer, self._linears(lambda m, n: floors.retract(m, n, block)))
+        even = self._linears(lambda m, n: floors.even_steps(m, n, block)) if is_even else []
+        return StepFloor(training, optimizer, [*even, *self._linears(lambda m, n: floors.retract(m, n, block))])
 
     def official(self, block: int, is_lean: bool, period: int) -> StepFloor:
         layer = floors.official_mem if is_lean else floors.official_fast

@@ -272,6 +272,10 @@ def _value(text: str) -> Any:
         return text
 
 
+def _poetx_floor(spec: Spec, load: Load) -> StepFloor:
+    return load.poetx(spec["block_size"], spec.options.get("updates", "orthogonal") == "orthogonal")
+
+
 def _official_floor(spec: Spec, load: Load) -> StepFloor:
     return load.official(spec["block_size"], spec.name.startswith("official-mem"), spec["merge_interval"])
 
@@ -283,7 +287,7 @@ _OF_THE_USER = {"checkpointing": False, "regional": False}
 _OFFICIAL = Method(official, _official_floor, {**_BLOCKS, "merge_interval": 200})
 
 METHODS = {
-    "poetx": Method(poetx, lambda spec, load: load.poetx(spec["block_size"]), {**_BLOCKS, **_OF_THE_USER}, takes_any=True),
+    "poetx": Method(poetx, _poetx_floor, {**_BLOCKS, **_OF_THE_USER}, takes_any=True),
     "adamw": Method(adamw, lambda _, load: load.adamw(), _OF_THE_USER),
     "muon": Method(muon, lambda _, load: load.muon()),
     "adamw8bit": Method(torchao_adamw, lambda _, load: load.eight_bit_adamw()),

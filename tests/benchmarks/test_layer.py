@@ -13,6 +13,8 @@ import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
+METHODS = ("poetx", "poetx, even steps", "poetx with AdamW on q")
+
 OFFICIAL = """
 import torch
 
@@ -65,7 +67,7 @@ def read(path: Path) -> list[dict[str, str]]:
 def test_measures_every_method_at_every_point(layer: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = run(layer, tmp_path / "X.csv", "--tokens", "32,64")
 
-    updates = [("update", "", method, block) for block in ("16", "32") for method in ("poetx", "poetx with AdamW on q")]
+    updates = [("update", "", method, block) for block in ("16", "32") for method in METHODS]
     layers = [
         ("forward+backward", tokens, method, block)
         for tokens in ("32", "64")
@@ -110,7 +112,10 @@ def test_writes_the_floors_of_given_peaks(layer: ModuleType, tmp_path: Path) -> 
     turn, cayley = 262144, 196608  # 4 * 64 * 64 * 16 flops, which 6 bytes a weight outweigh; 8 * 3 * 2 * 16 ** 3
     check("update", "adamw", "", 0, 14 * 4096, 14 * 4096)
     check("update", "poetx", "16", turn + cayley, 6 * 4096 + 4 * 960, 6 * 4096 + cayley / 12)
-    check("update", "poetx with AdamW on q", "16", turn + cayley, 6 * 4096 + 32 * 960, 6 * 4096 + cayley / 12 + 28 * 960)
+    even = 442368  # 9 products of 8 blocks, 6 * 16 ** 3 / 4 flops each; their 8 * 960 bytes take less
+    check("update", "poetx, even steps", "16", even + turn + cayley, 6 * 4096 + 12 * 960, 6 * 4096 + (even + cayley) / 12)
+    whole = 6 * 4096 + (even + cayley) / 12 + 28 * 960
+    check("update", "poetx with AdamW on q", "16", even + turn + cayley, 6 * 4096 + 40 * 960, whole)
 
 
 def test_knows_the_peaks_of_an_h100(layer: ModuleType) -> None:
