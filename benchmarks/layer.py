@@ -90,7 +90,7 @@ class Benchmark:
             yield Case("poetx", block, partial(methods.retract, *where, block), fold)
             yield Case("poetx, even steps", block, partial(methods.spread_and_retract, *where, block), [*even, *fold])
             whole = [*step, *even, *fold]
-            yield Case("poetx with AdamW on q", block, partial(methods.step_and_retract, *where, block), whole)
+            yield Case("poetx with AdamW on q, even steps", block, partial(methods.step_and_retract, *where, block), whole)
         if self._official is None:
             return
         for block in self._args.official_blocks:

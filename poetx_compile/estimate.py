@@ -21,11 +21,11 @@ from .kernels import HALF
 from .kernels.ops import WIDEST
 from .liveness import Alive, Graphs, nbytes
 from .passes import LinearMatch, SkipReason, choose_route, match, normalize, rewrite, supply
-from .retraction import SKEWS_PER_BATCH
+from .retraction import LIGHTER, SKEWS_PER_BATCH
 from .stepper import ADAMW, Stepper
 
-_CAYLEY_COPIES = 6
-"""Arrays of ``[r, b, b]`` float16, or as large, that the kernels of a batch of rotations hold, beside what they make."""
+_OF_KERNELS, _OF_TORCH = 8, 26
+"""Bytes an element of ``[r, b, b]`` that a batch of rotations takes beside what it makes, by kernels and in plain PyTorch."""
 
 
 @dataclass(frozen=True)
@@ -273,10 +273,11 @@ def _residual(factor: OrthogonalFactor, bits: int) -> int:
 
 
 def _rotations(factors: Sequence[OrthogonalFactor]) -> int:
-    """All ``E`` at once, float16 for half-precision weights; and the scratch of the largest batch of them."""
-    sizes = [_squares(factor) * (2 if factor.weight.dtype in HALF else 4) for factor in factors]
-    batch = min(2 * SKEWS_PER_BATCH, sum(map(_squares, factors)))
-    return sum(sizes) + _CAYLEY_COPIES * 2 * max([batch, *map(_squares, factors)])
+    """All ``E`` at once, float16 where kernels make them for half precision; and the scratch of the largest batch of them."""
+    sizes = [_squares(factor) * (2 if factor.weight.dtype in HALF and _is_narrow(factor) else 4) for factor in factors]
+    scratch = [_squares(factor) * (_OF_KERNELS if _is_narrow(factor) else _OF_TORCH) for factor in factors]
+    batch = min(2 * SKEWS_PER_BATCH * max(LIGHTER * _OF_KERNELS, _OF_TORCH), sum(scratch))
+    return sum(sizes) + max([batch, *scratch])
 
 
 def _squares(factor: OrthogonalFactor) -> int:
@@ -295,4 +296,8 @@ def _fold(factors: Sequence[OrthogonalFactor], bits: int) -> int:
 
 def _by_kernel(factor: OrthogonalFactor, bits: int) -> bool:
     is_whole = factor.weight.dtype not in HALF or bits == 8
-    return is_whole and all(side.width <= WIDEST for side in factor.stack.sides)
+    return is_whole and _is_narrow(factor)
+
+
+def _is_narrow(factor: OrthogonalFactor) -> bool:
+    return all(side.width <= WIDEST for side in factor.stack.sides)

@@ -12,10 +12,14 @@ from torch import Tensor
 
 from . import kernels
 from .factor import OrthogonalFactor
+from .kernels.ops import fits
+from .kernels.polar import kernel_for
 
-SKEWS_PER_BATCH = 1 << 24
-"""Skew parameters whose rotations are made at once: 512 blocks of 256, which keep a GPU busy. Of them float16 takes about 300 MB
-of scratch memory, float32 two or three times that; more where one weight has more."""
+SKEWS_PER_BATCH = 1 << 22
+"""Skew parameters that are worked on at once, in about 200 MB of scratch memory, more where one weight has more. Four times as
+many, 512 blocks of 256, where kernels of ours do it: these take less, and so many keep a GPU busy."""
+
+LIGHTER = 4
 
 Item = TypeVar("Item", bound=tuple[Any, ...])
 
@@ -37,7 +41,7 @@ def retract_all(work: Iterable[tuple[OrthogonalFactor, float]], look: Callable[[
         look: sees the rotations before they are folded.
     """
     made: Turns = []
-    for batch in in_batches(work):
+    for batch in in_batches(work, _turns_by_kernel):
         made += _rotations(batch)
     if look is not None:
         look(made)
@@ -47,7 +51,7 @@ def retract_all(work: Iterable[tuple[OrthogonalFactor, float]], look: Callable[[
 @torch.no_grad()
 def spread_all(work: Iterable[OrthogonalFactor]) -> None:
     """Apply :func:`.kernels.spread_evenly` to the ``q`` of many weights, in place; blocks of one width share their products."""
-    for batch in in_batches((factor,) for factor in work):
+    for batch in in_batches(((factor,) for factor in work), _spreads_by_kernel):
         groups: dict[tuple[int, torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         for (factor,) in batch:
             for packed, side in factor.skews():
@@ -83,18 +87,30 @@ def _turn(made: Turns) -> None:
             factor.write(matrices)
 
 
-def in_batches(work: Iterable[Item]) -> Iterator[list[Item]]:
-    """Cut work, each item a tuple that begins with a factor, into parts of about :data:`SKEWS_PER_BATCH`."""
+def in_batches(work: Iterable[Item], is_light: Callable[[OrthogonalFactor], bool] = lambda _: False) -> Iterator[list[Item]]:
+    """Cut work, each item a tuple that begins with a factor, into parts of about :data:`SKEWS_PER_BATCH`.
+
+    Args:
+        is_light: whether kernels of ours do the work on a factor.
+    """
     batch: list[Item] = []
-    size = 0
+    size = 0.0
     for item in work:
         batch.append(item)
-        size += item[0].q.numel()
+        size += item[0].q.numel() / (LIGHTER if is_light(item[0]) else 1)
         if size >= SKEWS_PER_BATCH:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _turns_by_kernel(factor: OrthogonalFactor) -> bool:
+    return fits(factor.q, *(side.width for side in factor.stack.sides))
+
+
+def _spreads_by_kernel(factor: OrthogonalFactor) -> bool:
+    return all(kernel_for(factor.q, side.width) is not None for side in factor.stack.sides)
 
 
 def _rotations(batch: list[tuple[OrthogonalFactor, float]]) -> Turns:

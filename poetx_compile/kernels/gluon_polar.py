@@ -16,6 +16,7 @@ from .gluon_rotate import _barrier
 from .polar import LEAST_NORM, POLYNOMIALS
 
 WIDTH = 256
+_SKEW = WIDTH * (WIDTH - 1) // 2
 _WARPS = 8
 _WIDTH = gl.constexpr(WIDTH)
 _TILE = gl.constexpr(128)
@@ -168,14 +169,18 @@ def _spread_kernel(
     _store(out, upper_11 * scale, 1, 1, ROWS)
 
 
-def serves(packed: Tensor, width: int) -> bool:
-    """Whether these are operands of :func:`spread_evenly`."""
-    return width == WIDTH and packed.dtype == torch.float32 and packed.is_contiguous() and packed.shape[0] > 0
+def serves(packed: Tensor) -> bool:
+    """Whether :func:`spread_evenly` takes these: some whole blocks of :data:`WIDTH`."""
+    is_whole = packed.shape[0] > 0 and packed.shape[0] % _SKEW == 0
+    return packed.dtype == torch.float32 and packed.is_contiguous() and is_whole
 
 
 def spread_evenly(out: Tensor, packed: Tensor) -> None:
-    """Write :func:`.polar.spread_in_torch` of blocks of 256, float32, with products of bfloat16."""
-    _spread_kernel[(packed.shape[0] // (WIDTH * (WIDTH - 1) // 2),)](
+    """Write :func:`.polar.spread_in_torch` of blocks of 256, float32, with products of bfloat16.
+
+    Norms of blocks may lie between 2e-19 and 1e19: below, a block is taken for zero, above, for infinite.
+    """
+    _spread_kernel[(packed.shape[0] // _SKEW,)](
         packed,
         out,
         LEAST=torch.finfo(torch.float32).tiny,

@@ -21,7 +21,10 @@ log = logging.getLogger(__name__)
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 WIDEST = 512
-_DONE_WITHOUT = "the kernel %s for Hopper GPUs does not compile and is done without, which is slower: %s"
+_DONE_WITHOUT = (
+    "the kernel %s for Hopper GPUs is done without, which is slower: %s. Of several ranks that do not all say so, call "
+    "poetx_compile.check_ranks(model, repair=True)"
+)
 _ON_HOST = (
     "no memory on the device to rotate a weight of %d x %d: it was rotated on the host. Of several ranks, call "
     "poetx_compile.check_ranks(model, repair=True)"

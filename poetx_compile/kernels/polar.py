@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,9 +44,15 @@ def orthogonalize_skew(
     return x.to(blocks.dtype)
 
 
+def kernel_for(skew: Tensor, width: int) -> Any:
+    """The module of the kernel that makes blocks of this width even, on the device of their skew parameters; else None."""
+    kernel = for_hopper("gluon_polar", skew.device) if fits(skew, width) else None
+    return kernel if kernel is not None and width == kernel.WIDTH else None
+
+
 def _spread_evenly(packed: Tensor, width: int) -> Tensor:
-    kernel = for_hopper("gluon_polar", packed.device) if fits(packed, width) else None
-    if kernel is not None and kernel.serves(packed, width):
+    kernel = kernel_for(packed, width)
+    if kernel is not None and kernel.serves(packed):
         out = torch.empty_like(packed)
         with torch.cuda.device(packed.device):
             if succeeds(kernel.spread_evenly, packed.device, out, packed):

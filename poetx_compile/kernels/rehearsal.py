@@ -22,7 +22,7 @@ from .dense import project
 from .effective import effective
 from .group import compose_
 from .ops import block_gram, cayley_neumann, fits, rotate_
-from .polar import spread_evenly
+from .polar import kernel_for, spread_evenly
 from .quantize import GROUP
 from .residual import HALF, master_dtype, new_residual
 
@@ -122,7 +122,7 @@ def turn(kind: Kind) -> None:
         if side.width:
             skew = kind.zeros(side.blocks * (side.width * (side.width - 1) // 2), dtype=master_dtype(kind.dtype))
             cayley_neumann(skew, side.width, 1.0, kind.precision)
-            if kind.is_even:
+            if kind.is_even and kernel_for(skew, side.width):  # PyTorch's own products would change settings for all threads
                 spread_evenly(skew, side.width)
 
 

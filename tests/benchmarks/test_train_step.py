@@ -274,7 +274,7 @@ def test_floors_by_hand(bench: ModuleType) -> None:
     skews = 4 * 2 + 3 * 3  # (m + n) / 2 for blocks of two
     assert rotated.optimizer == [Kernel(0, 14 * 38), Kernel(0, 28 * skews)]
     cayley, turn = Kernel(48 * 2, 4 * 2), Kernel(4 * 4 * 2, 6 * 4)
-    even = Kernel(9 * 12 * 2, 8 * 2)  # nine products of two blocks, three quarters of 2 · 2³ flops each
+    even = Kernel(9 * 8 * 2, 8 * 2)  # half of nine products of two blocks, 2 · 2³ flops each
     assert rotated.retraction[0] == even
     assert rotated.retraction[7:9] == [cayley, turn]
     assert len(rotated.retraction) == 21

@@ -169,6 +169,22 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
     return variants
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rehearsal_changes_no_setting_of_other_threads(
+    kind: str, launched: set[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even for a while: a graph may be captured, or compiled, beside it."""
+
+    def refuse(device: torch.device) -> None:
+        raise AssertionError("the precision of products is one for all threads")
+
+    for name in ("naive", "group", "polar"):
+        monkeypatch.setattr(importlib.import_module(f"poetx_compile.kernels.{name}"), "full_precision", refuse)
+    for part in PARTS:
+        part(KINDS[kind])
+    assert launched
+
+
 @pytest.mark.filterwarnings("ignore:.*NaN or infinite")  # no kernel runs: what it would write is what memory held before
 @pytest.mark.parametrize("bias", (False, True))
 @pytest.mark.parametrize(
