@@ -157,6 +157,8 @@ def test_work_is_cut_where_a_batch_is_full(monkeypatch: pytest.MonkeyPatch) -> N
     assert [[place for _, place in batch] for batch in batches] == [[0, 1], [2, 3], [4]]
     assert list(in_batches(zip(factors[:2]))) == [[(factors[0],), (factors[1],)]]
     assert not list(in_batches([]))
+    light = list(in_batches(zip(factors), lambda factor: factor is not factors[0]))  # a quarter of the memory each
+    assert [[factor for (factor,) in batch] for batch in light] == [factors[:2], factors[2:]]
 
 
 @of_dtypes
