@@ -88,7 +88,8 @@ class Benchmark:
             fold, even = floors.retract(m, n, block), floors.even_steps(m, n, block)
             step = floors.adamw(floors.skews(m, n, block), width=4)
             yield Case("poetx", block, partial(methods.retract, *where, block), fold)
-            yield Case("poetx, even steps", block, partial(methods.spread_and_retract, *where, block), [*even, *fold])
+            even_fold = partial(methods.retract, *where, block, is_even=True)
+            yield Case("poetx, even steps", block, even_fold, [*even, *fold])
             whole = [*step, *even, *fold]
             yield Case("poetx with AdamW on q, even steps", block, partial(methods.step_and_retract, *where, block), whole)
         if self._official is None:

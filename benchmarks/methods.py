@@ -74,24 +74,14 @@ def adamw(source: Source, m: int, n: int, count: int) -> Work:
     return Work(_adamw(source, [source.weight(m, n) for _ in range(count)]).step, _nothing)
 
 
-def retract(source: Source, m: int, n: int, count: int, block: int) -> Work:
-    """The fold of the rotations that stand in ``q`` into ``count`` weights."""
+def retract(source: Source, m: int, n: int, count: int, block: int, is_even: bool = False) -> Work:
+    """The fold of the rotations that stand in ``q`` into ``count`` weights, made even before where asked for."""
     weights, factors = _factors(source, m, n, count, block)
     values = [source.normal(*factor.q.shape, scale=TYPICAL_SKEW, dtype=factor.q.dtype) for factor in factors]
 
     def run() -> None:
-        retract_all((factor, 1.0) for factor in factors)
-
-    return Work(run, lambda: fill([factor.q for factor in factors], values), weights)
-
-
-def spread_and_retract(source: Source, m: int, n: int, count: int, block: int) -> Work:
-    """The same, with even steps before it."""
-    weights, factors = _factors(source, m, n, count, block)
-    values = [source.normal(*factor.q.shape, scale=TYPICAL_SKEW, dtype=factor.q.dtype) for factor in factors]
-
-    def run() -> None:
-        spread_all(factors)
+        if is_even:
+            spread_all(factors)
         retract_all((factor, 1.0) for factor in factors)
 
     return Work(run, lambda: fill([factor.q for factor in factors], values), weights)

@@ -14,6 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 _COLORS = {
     "poetx": ("#8cc5d9", "#3b93b3", "#0b5a7a"),
     "poetx, even steps": ("#9fd6c4", "#4fa88d", "#1f6b54"),
+    "poetx with AdamW on q": ("#d3e0a8", "#a3b35f", "#6b7a2e"),
     "poetx with AdamW on q, even steps": ("#b7d3a8", "#7aa35f", "#466b2e"),
     "official-fast": ("#b79ad1", "#8a63b0", "#5b3684"),
     "official-mem": ("#d9a5c2", "#b5628f", "#843763"),

@@ -20,6 +20,7 @@ SKEWS_PER_BATCH = 1 << 22
 many, 512 blocks of 256, where kernels of ours do it: these take less, and so many keep a GPU busy."""
 
 LIGHTER = 4
+"""How much less of it our kernels are reckoned to take."""
 
 Item = TypeVar("Item", bound=tuple[Any, ...])
 

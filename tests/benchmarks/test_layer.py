@@ -270,3 +270,10 @@ def test_graphs_where_possible_and_events_elsewhere(layer: ModuleType, tmp_path:
     rows = read(tmp_path / "X.csv")
     assert {row["timed_by"] for row in rows} == {"graph"}
     assert [bool(row["peak_mib"]) for row in rows] == [row["what"] == "forward+backward" for row in rows]
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("layer-*.csv")), ids=lambda path: path.stem)
+def test_what_was_measured_can_be_drawn_again(layer: ModuleType, path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / path.name
+    copy.write_bytes(path.read_bytes())
+    assert all(picture.exists() for picture in layer.plot_layer.draw(copy))
