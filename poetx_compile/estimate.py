@@ -274,8 +274,12 @@ def _residual(factor: OrthogonalFactor, bits: int) -> int:
 
 def _rotations(factors: Sequence[OrthogonalFactor]) -> int:
     """All ``E`` at once, float16 where kernels make them for half precision; and the scratch of the largest batch of them."""
-    sizes = [_squares(factor) * (2 if factor.weight.dtype in HALF and _is_narrow(factor) else 4) for factor in factors]
-    scratch = [_squares(factor) * (_OF_KERNELS if _is_narrow(factor) else _OF_TORCH) for factor in factors]
+    half = [factor.weight.dtype in HALF for factor in factors]
+    sizes = [_squares(factor) * (2 if is_half else 4) for factor, is_half in zip(factors, half)]
+    scratch = [
+        _squares(factor) * (_OF_KERNELS if is_half or _is_narrow(factor) else _OF_TORCH)
+        for factor, is_half in zip(factors, half)
+    ]
     batch = min(2 * SKEWS_PER_BATCH * max(LIGHTER * _OF_KERNELS, _OF_TORCH), sum(scratch))
     return sum(sizes) + max([batch, *scratch])
 

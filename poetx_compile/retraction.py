@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import kernels
 from .factor import OrthogonalFactor
-from .kernels.ops import fits
+from .kernels.ops import makes_rotations
 from .kernels.polar import kernel_for
 
 SKEWS_PER_BATCH = 1 << 22
@@ -107,7 +107,7 @@ def in_batches(work: Iterable[Item], is_light: Callable[[OrthogonalFactor], bool
 
 
 def _turns_by_kernel(factor: OrthogonalFactor) -> bool:
-    return fits(factor.q, *(side.width for side in factor.stack.sides))
+    return all(makes_rotations(factor.q, side.width, factor.precision) for side in factor.stack.sides)
 
 
 def _spreads_by_kernel(factor: OrthogonalFactor) -> bool:

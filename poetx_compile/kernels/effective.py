@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import naive
+from . import naive, wide
 from .dense import project
 from .ops import fits, for_hopper, library, rotate_in_place, succeeds
 from .precision import UNIT
@@ -65,7 +65,10 @@ def _effective(
 ) -> Tensor:
     sides = [side for side in (rows, columns) if side is not None]
     if not fits(stored, *(side.shape[-1] for side in sides)) or dtype == torch.float64:
-        return naive.effective(stored, scales, rows, row_channels, columns, column_channels, dtype)
+        turn = wide.turn_ if fits(stored) and dtype in HALF and precision == "tf32" else None
+        if turn is not None:
+            rows, columns = (None if side is None else (side * UNIT).half() for side in (rows, columns))
+        return naive.effective(stored, scales, rows, row_channels, columns, column_channels, dtype, turn)
     if dtype not in HALF:
         weight = stored.to(dtype, copy=True) if scales is None else dequantize(stored, scales, dtype)
         rotate_in_place(weight, None, rows, row_channels, columns, column_channels, run, precision)

@@ -8,6 +8,7 @@ would round to 1.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from .stochastic import round_stochastically_
 
 _DOUBLINGS = 5
 LARGEST_SQUARE = 3.0
+
+Turn = Callable[[Tensor, Tensor | None, Tensor, Tensor | None, Tensor], None]
+"""What takes the arguments of :func:`turn_`."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -102,6 +106,7 @@ def rotate_(
     columns: Tensor | None,
     column_channels: Tensor,
     seed: int | None = None,
+    turn: Turn | None = None,
 ) -> None:
     """``W ← G_rows W G_columns`` in place, each ``G = I + E`` block-diagonal over its channels.
 
@@ -111,9 +116,10 @@ def rotate_(
         rows, columns: ``E`` of each side, ``[r, b, b]``; None leaves that side alone.
         row_channels, column_channels: int64 ``[r · b]``.
         seed: of the stochastic rounding of a half-precision weight without residual; None rounds to nearest.
+        turn: in place of :func:`turn_`.
     """
     master = decode(weight, residual)
-    _turn_(master, rows, row_channels, columns, column_channels)
+    (turn or turn_)(master, rows, row_channels, columns, column_channels)
     if seed is None:
         encode_(weight, residual, master)
     else:
@@ -128,6 +134,7 @@ def effective(
     columns: Tensor | None,
     column_channels: Tensor,
     dtype: torch.dtype,
+    turn: Turn | None = None,
 ) -> Tensor:
     """``G_rows W₀ G_columns`` as a new tensor.
 
@@ -136,17 +143,20 @@ def effective(
         scales: of codes, bfloat16 ``[m, ⌈n/128⌉]``, as :mod:`.quantize` says.
         rows, columns, row_channels, column_channels: as in :func:`rotate_`.
         dtype: of the result; rotated in float32, or in float64 for float64.
+        turn: in place of :func:`turn_`, for rotations of whatever dtype it takes.
     """
     master = master_dtype(dtype)
     weight = stored.to(master, copy=True) if scales is None else dequantize(stored, scales, master)
-    rows, columns = (None if side is None else side.to(master) for side in (rows, columns))
-    _turn_(weight, rows, row_channels, columns, column_channels)
+    if turn is None:
+        turn, (rows, columns) = turn_, (None if side is None else side.to(master) for side in (rows, columns))
+    turn(weight, rows, row_channels, columns, column_channels)
     return weight.to(dtype)
 
 
-def _turn_(
+def turn_(
     master: Tensor, rows: Tensor | None, row_channels: Tensor, columns: Tensor | None, column_channels: Tensor
 ) -> None:
+    """:func:`rotate_` of a float32 or float64 weight."""
     with full_precision(master.device):
         if rows is not None:
             part = master.index_select(0, row_channels).view(*rows.shape[:2], -1)  # [r, b, n]

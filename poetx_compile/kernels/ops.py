@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import naive
+from . import naive, wide
 from .gram import GramSide
 from .precision import PRECISIONS, unscaled
 from .residual import HALF, master_dtype
@@ -56,7 +56,7 @@ def _block_gram(
     bias_side: int = 0,
 ) -> Tensor:
     sides = [GramSide(*side) for side in zip(left, right, channels, width, run)]
-    if fits(left[0], *width):
+    if fits(left[0]):
         from . import triton_gram
 
         with torch.cuda.device(left[0].device):
@@ -70,7 +70,7 @@ def _block_gram(
 
 def _cayley_neumann(skew: Tensor, width: int, scale: float, precision: str = "tf32x3") -> Tensor:
     _check(precision)
-    if fits(skew, width):
+    if makes_rotations(skew, width, precision):
         from . import triton_cayley
 
         with torch.cuda.device(skew.device):
@@ -125,8 +125,12 @@ def _rotate_naively(
     *,
     seed: int | None,
 ) -> None:
-    rows, columns = (None if side is None else unscaled(side) for side in (rows, columns))
-    naive.rotate_(weight, residual, rows, row_channels, columns, column_channels, seed)
+    turn = None
+    if all(side is None or side.dtype == torch.float16 for side in (rows, columns)):
+        turn = wide.turn_
+    else:
+        rows, columns = (None if side is None else unscaled(side) for side in (rows, columns))
+    naive.rotate_(weight, residual, rows, row_channels, columns, column_channels, seed, turn)
 
 
 def _check(precision: str) -> None:
@@ -135,8 +139,13 @@ def _check(precision: str) -> None:
 
 
 def fits(tensor: Tensor, *widths: int) -> bool:
-    """Whether the Triton kernels serve: a GPU, no float64, and blocks that stay in registers."""
+    """Whether the Triton kernels serve: a GPU, no float64, and blocks that stay in registers where ``widths`` are given."""
     return tensor.is_cuda and _HAS_TRITON and tensor.dtype != torch.float64 and max(widths, default=0) <= WIDEST
+
+
+def makes_rotations(skew: Tensor, width: int, precision: str) -> bool:
+    """Whether the Triton kernels make rotations: at ``tf32`` of any width."""
+    return fits(skew) if precision == "tf32" else fits(skew, width)
 
 
 def is_for_one_pass(*operands: Tensor | None, run: int) -> bool:
@@ -213,7 +222,7 @@ def _(
 
 @torch.library.register_fake("poetx::cayley_neumann", lib=library)
 def _(skew: Tensor, width: int, scale: float, precision: str = "tf32x3") -> Tensor:
-    dtype = torch.float16 if precision == "tf32" and fits(skew, width) else skew.dtype
+    dtype = torch.float16 if precision == "tf32" and fits(skew) else skew.dtype
     return skew.new_empty(skew.shape[0] // (width * (width - 1) // 2), width, width, dtype=dtype)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from .dense import project
 from .effective import effective
 from .group import compose_
-from .ops import block_gram, cayley_neumann, fits, rotate_
+from .ops import block_gram, cayley_neumann, fits, makes_rotations, rotate_
 from .polar import kernel_for, spread_evenly
 from .quantize import GROUP
 from .residual import HALF, master_dtype, new_residual
@@ -117,12 +117,13 @@ def gradient(kind: Kind) -> None:
 
 
 def turn(kind: Kind) -> None:
-    """From skew parameters to even ones, and to rotations."""
+    """From skew parameters to even ones, and to rotations, by kernels only: PyTorch's products change settings for all threads."""
     for side in kind.sides:
         if side.width:
             skew = kind.zeros(side.blocks * (side.width * (side.width - 1) // 2), dtype=master_dtype(kind.dtype))
-            cayley_neumann(skew, side.width, 1.0, kind.precision)
-            if kind.is_even and kernel_for(skew, side.width):  # PyTorch's own products would change settings for all threads
+            if makes_rotations(skew, side.width, kind.precision):
+                cayley_neumann(skew, side.width, 1.0, kind.precision)
+            if kind.is_even and kernel_for(skew, side.width):
                 spread_evenly(skew, side.width)
 
 
@@ -131,6 +132,8 @@ def fold(kind: Kind) -> None:
     channels = [kind.channels(side) for side in kind.sides]
     steps = kind.turns(torch.float16 if kind.precision == "tf32" else master_dtype(kind.dtype))
     settings = kind.columns.run, kind.precision
+    if not fits(kind.zeros(0), *(side.width for side in kind.sides)):
+        return
     if kind.stored is None:
         if kind.dtype in HALF and kind.residual_bits != 8:
             return  # no kernel serves
@@ -183,7 +186,7 @@ def join() -> None:
 
 
 def _has_kernels(kind: Kind) -> bool:
-    return fits(torch.empty(0, dtype=kind.dtype, device=kind.device), *(side.width for side in kind.sides))
+    return fits(kind.zeros(0))
 
 
 def _rehearse(part: Callable[[Kind], None], kinds: Iterable[Kind]) -> None:

@@ -106,8 +106,8 @@ _ANY = TABLES["other"]
 
 
 def gram_tiles(width: int, device: torch.device) -> GramTiles:
-    """Tiles for Gram matrices of ``width`` channels."""
-    return _find(f"gram/{padded(width)}", device)
+    """Tiles for Gram matrices of ``width`` channels; above 512 those of 512."""
+    return _find(f"gram/{min(padded(width), 512)}", device)
 
 
 def rotate_tiles(width: int, transposed: bool, precision: str, device: torch.device) -> RotateTiles:

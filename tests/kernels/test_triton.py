@@ -53,6 +53,7 @@ TYPES = SINGLE | {
 """Of every argument that a kernel has by this name."""
 
 SERIES = {"WIDTH": 256, "TILE": 128, "TILE_K": 64}
+WIDE = SERIES | {"WIDTH": 1280}
 FAR = {"SIDE": 256, "TILE": 128, "TILE_K": 32, "BUFFERS": 4, "LARGEST": 3.0, "TOLERANCE": 1e-7, "NEAR": 0.03, "UNIT": 4096.0}
 
 # kernel: function, constants, warps, stages
@@ -64,6 +65,8 @@ FIXED: dict[str, tuple[Any, dict[str, Any], int, int]] = {
     "turn": (triton_series._turn_kernel, SERIES | {"C0": 1.0}, 4, 3),
     "codes": (triton_unpack._unpack_kernel, {"GROUP": 128, "COLUMNS": 1024, "KIND": 1}, 4, 2),
     "far": (triton_cayley._far_kernel, FAR | {"WIDTH": 256, "TILES": 2, "NORM_TILE": 128}, 8, 2),
+    "wide series": (triton_series._series_kernel, WIDE | {"C1": 0.9, "C2": 0.8}, 4, 3),
+    "wide far": (triton_cayley._far_kernel, FAR | {"WIDTH": 1280, "SIDE": 1280, "TILES": 10, "NORM_TILE": 128}, 8, 2),
 }
 
 
@@ -102,9 +105,9 @@ def test_compiles_within_shared_memory(kernel: str, target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("width", (128, 256, 512))
+@pytest.mark.parametrize("width", (128, 256, 512, 1280))
 def test_gram_compiles_with_the_tiles_of_the_table(target: str, width: int) -> None:
-    tiles = TABLES.get(target, TABLES["other"])[f"gram/{width}"]
+    tiles = TABLES.get(target, TABLES["other"])[f"gram/{min(width, 512)}"]
     assert isinstance(tiles, GramTiles)
     constants = {"WIDTH": width, "RUN": 32, "TILE_I": tiles.i, "TILE_J": tiles.j, "TILE_T": tiles.t}
     compiled(target, triton_gram._gram_kernel, constants, tiles.warps, tiles.stages)

@@ -1,0 +1,1 @@
+../poetx_compile/kernels/wide.py
