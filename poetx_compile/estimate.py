@@ -18,7 +18,7 @@ from .conversion import storage_for
 from .errors import PoetxError
 from .factor import OrthogonalFactor
 from .kernels import HALF
-from .kernels.ops import WIDEST
+from .kernels.tuning import WIDEST
 from .liveness import Alive, Graphs, nbytes
 from .passes import LinearMatch, SkipReason, choose_route, match, normalize, rewrite, supply
 from .retraction import LIGHTER, SKEWS_PER_BATCH
@@ -274,12 +274,9 @@ def _residual(factor: OrthogonalFactor, bits: int) -> int:
 
 def _rotations(factors: Sequence[OrthogonalFactor]) -> int:
     """All ``E`` at once, float16 where kernels make them for half precision; and the scratch of the largest batch of them."""
-    half = [factor.weight.dtype in HALF for factor in factors]
-    sizes = [_squares(factor) * (2 if is_half else 4) for factor, is_half in zip(factors, half)]
-    scratch = [
-        _squares(factor) * (_OF_KERNELS if is_half or _is_narrow(factor) else _OF_TORCH)
-        for factor, is_half in zip(factors, half)
-    ]
+    sizes = [_squares(factor) * (2 if factor.weight.dtype in HALF else 4) for factor in factors]
+    by_kernel = [factor.weight.dtype in HALF or _is_narrow(factor) for factor in factors]
+    scratch = [_squares(factor) * (_OF_KERNELS if ours else _OF_TORCH) for factor, ours in zip(factors, by_kernel)]
     batch = min(2 * SKEWS_PER_BATCH * max(LIGHTER * _OF_KERNELS, _OF_TORCH), sum(scratch))
     return sum(sizes) + max([batch, *scratch])
 

@@ -148,8 +148,8 @@ def effective(
     master = master_dtype(dtype)
     weight = stored.to(master, copy=True) if scales is None else dequantize(stored, scales, master)
     if turn is None:
-        turn, (rows, columns) = turn_, (None if side is None else side.to(master) for side in (rows, columns))
-    turn(weight, rows, row_channels, columns, column_channels)
+        rows, columns = (None if side is None else side.to(master) for side in (rows, columns))
+    (turn or turn_)(weight, rows, row_channels, columns, column_channels)
     return weight.to(dtype)
 
 

@@ -16,11 +16,11 @@ from . import naive, wide
 from .gram import GramSide
 from .precision import PRECISIONS, unscaled
 from .residual import HALF, master_dtype
+from .tuning import WIDEST
 
 log = logging.getLogger(__name__)
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-WIDEST = 512
 _DONE_WITHOUT = (
     "the kernel %s for Hopper GPUs is done without, which is slower: %s. Of several ranks that do not all say so, call "
     "poetx_compile.check_ranks(model, repair=True)"
@@ -125,10 +125,9 @@ def _rotate_naively(
     *,
     seed: int | None,
 ) -> None:
-    turn = None
-    if all(side is None or side.dtype == torch.float16 for side in (rows, columns)):
-        turn = wide.turn_
-    else:
+    are_half = all(side is None or side.dtype == torch.float16 for side in (rows, columns))
+    turn = wide.turn_ if are_half else None
+    if turn is None:
         rows, columns = (None if side is None else unscaled(side) for side in (rows, columns))
     naive.rotate_(weight, residual, rows, row_channels, columns, column_channels, seed, turn)
 

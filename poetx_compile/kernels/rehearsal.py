@@ -129,11 +129,11 @@ def turn(kind: Kind) -> None:
 
 def fold(kind: Kind) -> None:
     """Rotations into a weight; of a lean one into its rotations, and the weight that these make."""
+    if not fits(kind.zeros(0), *(side.width for side in kind.sides)):
+        return
     channels = [kind.channels(side) for side in kind.sides]
     steps = kind.turns(torch.float16 if kind.precision == "tf32" else master_dtype(kind.dtype))
     settings = kind.columns.run, kind.precision
-    if not fits(kind.zeros(0), *(side.width for side in kind.sides)):
-        return
     if kind.stored is None:
         if kind.dtype in HALF and kind.residual_bits != 8:
             return  # no kernel serves

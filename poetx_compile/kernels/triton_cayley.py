@@ -13,7 +13,7 @@ from torch import Tensor
 from .naive import LARGEST_SQUARE
 from .precision import UNIT
 from .triton_series import NEAR, bound_of_square, turn_near
-from .tuning import padded, processors
+from .tuning import WIDEST, padded, processors
 
 _TOLERANCE = 1e-7
 _BUFFERS = 4
@@ -175,7 +175,7 @@ def far_precision(precision: str, is_amd: bool) -> str:
 def cayley_neumann(skew: Tensor, width: int, scale: float, precision: str = "tf32x3") -> Tensor:
     """As :func:`.naive.cayley_neumann`, for float32.
 
-    Wide blocks that turn far keep few programs busy, so that scratch stays within 256 MB, or what one of them takes.
+    Blocks above 512 that turn far keep few programs busy, so that scratch stays within 256 MB, or what one of them takes.
 
     Args:
         precision: of the products: ``ieee``, ``tf32x3`` (as exact, on tensor cores) or ``tf32``.
@@ -187,7 +187,9 @@ def cayley_neumann(skew: Tensor, width: int, scale: float, precision: str = "tf3
         rotation, norms = torch.empty(blocks, width, width, dtype=torch.float32, device=skew.device), None
     tile = min(128, padded(width))
     side = -(-width // tile) * tile
-    programs = min(blocks, processors(skew.device), max(1, _MOST_SCRATCH // (_BUFFERS * side * side)))
+    programs = min(blocks, processors(skew.device))
+    if width > WIDEST:
+        programs = min(programs, max(1, _MOST_SCRATCH // (_BUFFERS * side * side)))
     scratch = torch.empty(programs, _BUFFERS, side, side, dtype=torch.float32, device=skew.device)
     _far_kernel[(programs,)](
         skew,

@@ -19,6 +19,9 @@ from .precision import PRECISIONS
 
 log = logging.getLogger(__name__)
 
+WIDEST = 512
+"""Channels of the widest blocks that a kernel holds in registers."""
+
 
 @dataclass(frozen=True)
 class GramTiles:
@@ -106,8 +109,8 @@ _ANY = TABLES["other"]
 
 
 def gram_tiles(width: int, device: torch.device) -> GramTiles:
-    """Tiles for Gram matrices of ``width`` channels; above 512 those of 512."""
-    return _find(f"gram/{min(padded(width), 512)}", device)
+    """Tiles for Gram matrices of ``width`` channels; above :data:`WIDEST` those of it."""
+    return _find(f"gram/{min(padded(width), WIDEST)}", device)
 
 
 def rotate_tiles(width: int, transposed: bool, precision: str, device: torch.device) -> RotateTiles:

@@ -162,7 +162,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
         variants.add((f"{kernel.__module__}.{kernel.__name__}", f"{key} {options}"))
 
     def fits(tensor: Tensor, *widths: int) -> bool:
-        return tensor.dtype != torch.float64 and max(widths, default=0) <= ops.WIDEST
+        return tensor.dtype != torch.float64 and max(widths, default=0) <= tuning.WIDEST
 
     for module in (ops, group, effective, polar, rehearsal):
         monkeypatch.setattr(module, "fits", fits)
@@ -238,7 +238,7 @@ def test_a_step_launches_no_variant_that_was_not_rehearsed(
     for kind in kinds:
         for part in PARTS:
             part(kind)
-    is_done_without = dtype == torch.float32 and settings.get("block_size", 0) > ops.WIDEST
+    is_done_without = dtype == torch.float32 and settings.get("block_size", 0) > tuning.WIDEST
     expected = {"_pack_kernel"} if is_done_without else {"_pack_kernel", "_far_kernel"}
     assert expected <= {name.rpartition(".")[2] for name, _ in real}
     if (m, n, dtype, storage) == (1024, 768, torch.bfloat16, "folded"):
