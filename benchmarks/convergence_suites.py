@@ -20,6 +20,9 @@ def over(spec: str, option: str, *values: object) -> tuple[str, ...]:
 WIDE = "poetx-muon:lr=1.6e-2:scale=0.566:adjust=original:init=row-normalised"
 """SkewMuon with an angle for each step that is the same for blocks of every width."""
 
+WHOLE = "lr=8e-3:beta2=0.95:init=row-normalised:block_size=2048:gains=rows"
+"""Blocks as wide as the matrices of 130M, at half the rate of 60M."""
+
 FREE = "poetx-muon:lr=1.6e-2:scale=0.125:init=row-normalised:block_size=512:dtype=autocast"
 
 SUITES = {
@@ -199,6 +202,19 @@ SUITES = {
             "poetx:beta2=0.95:init=row-normalised:lr=1.6e-2:scale=0.25",
             "poetx:lr=4e-3",
             "poetx:updates=given:beta2=0.95:lr=1.6e-2:scale=0.0625:block_size=512:init=row-normalised",
+            "muon:dtype=autocast:beta2=0.95:lr=8e-3:ratio=0.5",
+            f"poetx:{WHOLE}:scale=0.177",
+            f"poetx-muon:{WHOLE}:scale=0.8:adjust=original",
+        ),
+    ),
+    "long": Suite(
+        "Longer training, and the scale that it asks for",
+        (
+            "adamw:dtype=autocast:beta2=0.95:lr=1.6e-2:ratio=0.125",
+            *over("poetx:beta2=0.95:lr=1.6e-2:init=row-normalised:block_size=1280:gains=rows", "scale", 0.0316, 0.112),
+            *over("poetx:beta2=0.95:lr=1.6e-2:init=row-normalised:block_size=512", "scale", 0.05, 0.177),
+            "poetx:beta2=0.95:lr=1.6e-2:init=row-normalised:block_size=512:gains=rows:scale=0.0354",
+            *over("poetx:beta2=0.95:lr=1.6e-2:init=row-normalised", "scale", 0.25, 0.0707),
         ),
     ),
 }

@@ -47,27 +47,35 @@ def _picture(picture: Path, point: Key, families: Mapping[str, Family]) -> Path:
     best = {name: min(runs, key=lambda run: run[1][-1][1]) for name, runs in families.items()}
     shown = sorted(best, key=lambda name: best[name][1][-1][1])[:_MOST_FAMILIES]
     lowest = min(losses[-1][1] for _, losses in best.values())
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
-    over_tokens, over_rates = figure.subplots(1, 2)
+    grid = any(len(families[name]) > 1 for name in shown)
+    figure = Figure(figsize=(13 if grid else 9, 6.5), layout="constrained")
+    over_tokens, *over_rates = figure.subplots(1, 1 + grid, squeeze=False)[0]
     for number, name in enumerate(shown):
-        color = colormaps["tab20"](number)
         rate, losses = best[name]
-        over_tokens.plot(*zip(*losses), color=color, marker=".", label=f"{name}: {losses[-1][1]:.3f} at lr {rate:g}")
-        ends = sorted((rate, losses[-1][1]) for rate, losses in families[name])
-        over_rates.plot(*zip(*ends), color=color, marker="o", markersize=4)
+        label = f"{name}: {losses[-1][1]:.3f} at lr {rate:g}"
+        over_tokens.plot(*zip(*losses), color=colormaps["tab20"](number), marker=".", label=label)
     over_tokens.set_ylim(lowest - 0.05, lowest + 2 * _ROOM_ABOVE)
     over_tokens.set_xlabel("training tokens (millions)")
-    highest = max(losses[-1][1] for runs in families.values() for _, losses in runs)
-    over_rates.set_ylim(lowest - 0.05, min(highest, lowest + _ROOM_ABOVE) + 0.05)
-    over_rates.set_xscale("log")
-    over_rates.set_xlabel("highest learning rate")
-    for axes in (over_tokens, over_rates):
-        _tidy(axes)
+    _tidy(over_tokens)
     title = f"Llama {point.size}, {point.steps} steps of {point.batch} × {point.seq} tokens, seed {point.seed}"
-    figure.suptitle(f"{title}: each recipe at its best rate, and the last loss over the rate", fontsize=11)
+    for axes in over_rates:
+        title += ": each recipe at its best rate, and the last loss over the rate"
+        _draw_rates(axes, [families[name] for name in shown], lowest)
+    figure.suptitle(title, fontsize=11)
     figure.legend(*over_tokens.get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=8)
     figure.savefig(picture, dpi=110)
     return picture
+
+
+def _draw_rates(axes: Axes, families: list[Family], lowest: float) -> None:
+    for number, family in enumerate(families):
+        ends = sorted((rate, losses[-1][1]) for rate, losses in family)
+        axes.plot(*zip(*ends), color=colormaps["tab20"](number), marker="o", markersize=4)
+    highest = max(losses[-1][1] for family in families for _, losses in family)
+    axes.set_ylim(lowest - 0.05, min(highest, lowest + _ROOM_ABOVE) + 0.05)
+    axes.set_xscale("log")
+    axes.set_xlabel("highest learning rate")
+    _tidy(axes)
 
 
 def _losses(lines: list[Line]) -> Losses:
