@@ -91,7 +91,8 @@ SUITES = {
         "What AdamW and Muon make of a rate of their own for the matrices of the layers",
         (
             *over("adamw:dtype=autocast:beta2=0.95:lr=8e-3", "ratio", 0.25, 0.125),
-            "adamw:dtype=autocast:beta2=0.95:lr=1.6e-2:ratio=0.125",
+            *over("adamw:dtype=autocast:beta2=0.95:lr=1.6e-2", "ratio", 0.125, 0.25),
+            *over("adamw:dtype=autocast:beta2=0.95:lr=3.2e-2", "ratio", 0.0625, 0.125),
             "adamw:dtype=autocast:beta2=0.95:lr=3e-3",
             *over("muon:dtype=autocast:lr=1.6e-2", "ratio", 0.5, 0.25, 1),
             "muon:dtype=autocast:lr=1.6e-2:ratio=0.5:beta2=0.95",
@@ -195,6 +196,7 @@ SUITES = {
             *over(f"{WIDE}:beta2=0.95:gains=rows", "block_size", 1280, 2048),
             *over(f"{WIDE}:beta2=0.95", "block_size", 1280, 2048),
             "muon:dtype=autocast:lr=1.6e-2:ratio=0.5:beta2=0.95",
+            "adamw:dtype=autocast:beta2=0.95:lr=3.2e-2:ratio=0.0625",
             "adamw:dtype=autocast:beta2=0.95:lr=1.6e-2:ratio=0.125",
             "adamw:dtype=autocast:beta2=0.95:lr=8e-3:ratio=0.25",
             "poetx:beta2=0.95:block_size=1280:gains=rows:init=row-normalised:lr=1.6e-2:scale=0.112",
