@@ -20,6 +20,8 @@ def over(spec: str, option: str, *values: object) -> tuple[str, ...]:
 WIDE = "poetx-muon:lr=1.6e-2:scale=0.566:adjust=original:init=row-normalised"
 """SkewMuon with an angle for each step that is the same for blocks of every width."""
 
+EVEN = "poetx:lr=1.6e-2:beta2=0.95:init=row-normalised"
+
 WHOLE = "lr=8e-3:beta2=0.95:init=row-normalised:block_size=2048:gains=rows"
 """Blocks as wide as the matrices of 130M, at half the rate of 60M."""
 
@@ -53,11 +55,11 @@ SUITES = {
         (
             *over("poetx", "lr", 4e-3, 2e-3),
             *over("poetx:updates=given", "lr", 4e-3, 2e-3),
-            *over("poetx:beta2=0.95:lr=1.6e-2:init=row-normalised", "scale", 0.25, 0.177, 0.125),
-            *over("poetx:beta2=0.95:lr=1.6e-2:init=row-normalised:block_size=512", "scale", 0.177, 0.125),
+            *over(EVEN, "scale", 0.25, 0.177, 0.125),
+            *over(f"{EVEN}:block_size=512", "scale", 0.177, 0.125),
             "poetx:updates=given:beta2=0.95:lr=1.6e-2:scale=0.125",
             "poetx:updates=given:beta2=0.95:lr=1.6e-2:scale=0.0625:block_size=512:init=row-normalised",
-            "poetx:beta2=0.95:block_size=1280:gains=rows:init=row-normalised:lr=1.6e-2:scale=0.112",
+            f"{EVEN}:block_size=1280:gains=rows:scale=0.112",
         ),
     ),
     "muon": Suite(
@@ -199,9 +201,9 @@ SUITES = {
             "adamw:dtype=autocast:beta2=0.95:lr=3.2e-2:ratio=0.0625",
             "adamw:dtype=autocast:beta2=0.95:lr=1.6e-2:ratio=0.125",
             "adamw:dtype=autocast:beta2=0.95:lr=8e-3:ratio=0.25",
-            "poetx:beta2=0.95:block_size=1280:gains=rows:init=row-normalised:lr=1.6e-2:scale=0.112",
-            "poetx:beta2=0.95:block_size=512:init=row-normalised:lr=1.6e-2:scale=0.177",
-            "poetx:beta2=0.95:init=row-normalised:lr=1.6e-2:scale=0.25",
+            f"{EVEN}:block_size=1280:gains=rows:scale=0.112",
+            f"{EVEN}:block_size=512:scale=0.177",
+            f"{EVEN}:scale=0.25",
             "poetx:lr=4e-3",
             "poetx:updates=given:beta2=0.95:lr=1.6e-2:scale=0.0625:block_size=512:init=row-normalised",
             "muon:dtype=autocast:beta2=0.95:lr=8e-3:ratio=0.5",
@@ -213,10 +215,10 @@ SUITES = {
         "Longer training, and the scale that it asks for",
         (
             "adamw:dtype=autocast:beta2=0.95:lr=1.6e-2:ratio=0.125",
-            *over("poetx:beta2=0.95:lr=1.6e-2:init=row-normalised:block_size=1280:gains=rows", "scale", 0.0316, 0.112),
-            *over("poetx:beta2=0.95:lr=1.6e-2:init=row-normalised:block_size=512", "scale", 0.05, 0.177),
-            "poetx:beta2=0.95:lr=1.6e-2:init=row-normalised:block_size=512:gains=rows:scale=0.0354",
-            *over("poetx:beta2=0.95:lr=1.6e-2:init=row-normalised", "scale", 0.25, 0.0707),
+            *over(f"{EVEN}:block_size=1280:gains=rows", "scale", 0.0316, 0.112),
+            *over(f"{EVEN}:block_size=512", "scale", 0.05, 0.177),
+            f"{EVEN}:block_size=512:gains=rows:scale=0.0354",
+            *over(EVEN, "scale", 0.25, 0.0707),
         ),
     ),
 }

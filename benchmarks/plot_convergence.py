@@ -58,9 +58,9 @@ def _picture(picture: Path, point: Key, families: Mapping[str, Family]) -> Path:
     over_tokens.set_xlabel("training tokens (millions)")
     _tidy(over_tokens)
     title = f"Llama {point.size}, {point.steps} steps of {point.batch} × {point.seq} tokens, seed {point.seed}"
-    for axes in over_rates:
+    if grid:
         title += ": each recipe at its best rate, and the last loss over the rate"
-        _draw_rates(axes, [families[name] for name in shown], lowest)
+        _draw_rates(over_rates[0], [families[name] for name in shown], lowest)
     figure.suptitle(title, fontsize=11)
     figure.legend(*over_tokens.get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=8)
     figure.savefig(picture, dpi=110)
